@@ -1,0 +1,1 @@
+"""The laboratory: trains any optimisers side by side on real data and shows what came out."""

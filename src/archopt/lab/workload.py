@@ -1,0 +1,107 @@
+"""The protocol of an experiment. One subclass in one file says all of it: data, model, loss, schedule, metric.
+
+The laboratory owns the loop, the seeds, the records and the checkpoints. A workload is a dataclass: its fields
+are its options (`--width 256` on the command line), `presets` are named sets of them. Everything random is drawn
+from what the laboratory hands in: `build` runs right after the global generators were seeded with the run's seed,
+and step k runs right after they were seeded with (seed, k), so every optimiser sees the same initial weights, the
+same batches and the same dropout, and a run that was killed goes on with the same bits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from archopt.lab.data import DataFolder
+
+Models = nn.Module | dict[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a workload is judged by: a key of `evaluate`'s result, and how to read it."""
+
+    key: str
+    name: str
+    higher_is_better: bool
+    unit: str = ""  # "%" shows a fraction as a percentage
+
+
+class Training(Protocol):
+    """What `train_step` may use of a run: its models, one optimiser for each, and the run's seed."""
+
+    models: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    seed: int
+    clip_norm: float | None
+
+    def update(self, name: str, loss: Tensor) -> None:
+        """Backward of `loss`, clipping where the workload asks for it, the named model's step, gradients freed."""
+
+
+@dataclass
+class Workload:
+    """One experiment. Subclass as a dataclass; see `examples/my_workload.py` for a whole one in 40 lines."""
+
+    name: ClassVar[str]
+    """How the command line calls it."""
+    summary: ClassVar[str]
+    """One line for `archopt list`."""
+    metric: ClassVar[Metric]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "small": {}, "smoke": {}}
+    """Values of the fields by preset; fields that a preset leaves out keep their defaults."""
+    settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Published settings by optimiser name: `lr`, and options that differ from the laboratory's."""
+    lrs: ClassVar[tuple[float, ...]] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    """The grid that `--lrs grid` tries."""
+
+    def load(self, data: DataFolder) -> None:
+        """Reads the data into memory. Raises `DataError` with the one command or file that is needed."""
+
+    def build(self) -> Models:
+        """The model, or several by name (each gets its own optimiser). Called once, after `load`."""
+        raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of a whole run."""
+        raise NotImplementedError(f"{type(self).__name__} must define steps")
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations (an epoch, usually). The last step is always evaluated."""
+        raise NotImplementedError(f"{type(self).__name__} must define eval_every")
+
+    def schedule(self, step: int) -> float:
+        """Multiplier of the learning rate at a step, counted from 0. Not applied to rules without a rate."""
+        return 1.0
+
+    def batch(self, step: int, seed: int) -> Any:
+        """The training batch of a step: a function of (seed, step) alone."""
+        raise NotImplementedError(f"{type(self).__name__} must define batch()")
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a batch, and further 0-d numbers to average over the steps between evaluations."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss()")
+
+    def train_step(self, training: Training, step: int) -> dict[str, Tensor]:
+        """One optimiser step; returns 0-d numbers, "loss" among them. GANs and PPO override this."""
+        loss, extra = self.loss(training.models["model"], self.batch(step, training.seed))
+        training.update("model", loss)
+        return {"loss": loss.detach(), **{key: value.detach() for key, value in extra.items()}}
+
+    def evaluate(self, models: dict[str, nn.Module]) -> dict[str, float]:
+        """Metrics by key. Called in eval mode, without gradients, and with the training's randomness set aside."""
+        raise NotImplementedError(f"{type(self).__name__} must define evaluate()")
+
+    def to(self, device: torch.device) -> None:
+        """Moves what `load` read to the device."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the workload's own that a resumed run needs (environments, replay); usually none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
