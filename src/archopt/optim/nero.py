@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from archopt.neurons import NeuronDim, as_rows, balance, balance_, fan_in_dims, row_norm
+from archopt.neurons import NeuronDim, as_rows, balance, balance_, divisor, fan_in_dims, row_mean, row_norm
 from archopt.optim.base import (
     ArchOptimizer,
     Params,
@@ -62,7 +62,7 @@ def nero_update(
     finite = torch.isfinite(norm.square())
     v = torch.where(finite, beta * exp_avg_sq + (1 - beta) * norm.square(), exp_avg_sq)
     rms = (v / bias_correction(beta, step)).sqrt()
-    moves = finite & (norm > 0) & (rms > 0) & (torch.as_tensor(lr) != 0)
+    moves = finite & (norm > 0) & (rms > 0) & (lr != 0)
     stride = torch.where(moves, lr * scale / rms, 0.0)
     updated = weight - torch.where(moves, stride * grad, 0.0)
     updated = balance(updated, dims, zero_mean=zero_mean, unit_norm=unit_norm)
@@ -246,6 +246,71 @@ def _single_tensor_nero(params: list[Tensor], states: list[dict[str, Tensor]], g
         state["exp_avg_sq"].copy_(v)
         state["turn"].copy_(turn.mean())
         state["skipped"] += (~finite).sum()
+
+
+def _foreach_nero(params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+    """The same step with the statistics of all rows in one vector and one launch a list of tensors."""
+    buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, param in enumerate(params):
+        buckets.setdefault((param.device, param.dtype), []).append(index)
+    for indices in buckets.values():
+        _foreach_bucket([params[i] for i in indices], [states[i] for i in indices], group)
+
+
+def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+    lr, beta, exact = group["lr"], group["beta"], statistics_like(params[0])
+    all_dims = [_dims(p, group) for p in params]
+    weights, grads = [], []
+    for param, dims in zip(params, all_dims, strict=True):
+        assert param.grad is not None
+        channel_groups = group["channel_groups"] if dims else 1
+        weights.append(as_rows(param, channel_groups))
+        grads.append(as_rows(param.grad, channel_groups).to(exact))
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+
+    # Statistics of all rows, one vector each.
+    norms = [row_norm(g, dims) for g, dims in zip(grads, all_dims, strict=True)]
+    sizes = [norm.numel() for norm in norms]
+    norm = torch.cat([norm.flatten() for norm in norms])
+    old = torch.cat([state["exp_avg_sq"].flatten() for state in states])
+    finite = torch.isfinite(norm.square())
+    v = torch.where(finite, beta * old + (1 - beta) * norm.square(), old)
+    rate = [lr * s["scale"] * bias_correction(beta, s["step"]).sqrt() for s in states]
+    rates = torch.cat([r.to(exact).expand(size) for r, size in zip(rate, sizes, strict=True)])
+    moves = finite & (norm > 0) & (v > 0) & (lr != 0)
+    stride = torch.where(moves, rates / v.sqrt(), 0.0)
+    turn = stride * torch.where(moves, norm, 0.0)
+
+    def by_tensor(rows: Tensor) -> list[Tensor]:
+        return [part.view_as(n) for part, n in zip(rows.split(sizes), norms, strict=True)]
+
+    torch._foreach_copy_([state["exp_avg_sq"] for state in states], by_tensor(v))
+    torch._foreach_copy_([s["turn"] for s in states], [part.mean() for part in turn.split(sizes)])
+    torch._foreach_add_([s["skipped"] for s in states], [part.sum() for part in (~finite).int().split(sizes)])
+
+    # Move; then centre and normalise the rows that moved. For the others every operation is an exact identity.
+    moving = by_tensor(moves)
+    targets = weights if exact == params[0].dtype else [w.to(exact) for w in weights]
+    updates = torch._foreach_mul(grads, by_tensor(stride))
+    for update, mask in zip(updates, moving, strict=True):
+        update.masked_fill_(~mask, 0.0)
+    torch._foreach_sub_(targets, updates)
+    on_sphere = [i for i, dims in enumerate(all_dims) if dims]
+    rows = [targets[i] for i in on_sphere]
+    means: list[Tensor] = []
+    if group["zero_mean"] and rows:
+        means = [torch.where(moving[i], row_mean(targets[i], all_dims[i]), 0.0) for i in on_sphere]
+        torch._foreach_sub_(rows, means)
+    if group["unit_norm"] and rows:
+        divisors = []
+        for position, i in enumerate(on_sphere):
+            mean = means[position] if means else None
+            length = divisor(row_norm(targets[i], all_dims[i]), mean, targets[i].numel())
+            divisors.append(torch.where(moving[i], length, 1.0))
+        torch._foreach_div_(rows, divisors)
+    if targets is not weights:
+        torch._foreach_copy_(weights, targets)
 
 
 def module_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
