@@ -1,7 +1,7 @@
 """archopt: optimisers that read the network instead of asking for hyperparameters.
 
-    from archopt import Nero
-    optimizer = Nero(model)
+from archopt import Nero
+optimizer = Nero(model)
 """
 
 from archopt._version import __version__

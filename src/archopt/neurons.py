@@ -21,7 +21,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def as_rows(tensor: Tensor, channel_groups: int = 1) -> Tensor:
     """`tensor` with the channel groups of a grouped transposed convolution as a dimension of their own: a view."""
-    return tensor if channel_groups == 1 else tensor.unflatten(0, (channel_groups, -1))
+    return tensor if channel_groups == 1 else torch.unflatten(tensor, 0, (channel_groups, -1))
 
 
 def fan_in_dims(shape: torch.Size, neuron_dim: NeuronDim = 0, channel_groups: int = 1) -> tuple[int, ...]:
@@ -61,7 +61,8 @@ def row_norm(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
     dtype = statistics_dtype(rows.dtype)
     if not dims:
         return rows.abs().to(dtype)
-    return torch.linalg.vector_norm(rows, dim=dims, keepdim=True, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=dims, keepdim=True, dtype=dtype)
+    return norm
 
 
 def balance(rows: Tensor, dims: tuple[int, ...], *, zero_mean: bool = True, unit_norm: bool = True) -> Tensor:

@@ -12,6 +12,7 @@ other entry of fan-in 1 is a neuron of its own with ||g|| = |g| and s the mean |
 never projected. The bias correction 1 - beta^t and the frozen s follow the authors' program (spec 1.1).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,8 @@ class Nero(ArchOptimizer):
         channel_groups: groups of a grouped transposed convolution, whose dimension 0 is split first.
         roles: overrides for a module, pattern of a parameter's name -> role (see `parameter_roles`).
         maximize: ascend instead.
-        foreach: batch operations over tensors; None chooses (True on CUDA).
+        foreach: batch operations over tensors; None chooses it (faster on CPU and GPU, but it holds a
+            temporary the size of the gradients; False does not).
         fused: no fused form yet; True is refused.
         capturable: keep the step counts on the device, for CUDA graphs.
 
@@ -148,7 +150,9 @@ class Nero(ArchOptimizer):
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 if "turn" in self.state.get(param, {}):
-                    turns.setdefault(group.get("role", f"group {index}"), []).append(self.state[param]["turn"])
+                    turns.setdefault(group.get("role", f"group {index}"), []).append(
+                        self.state[param]["turn"]
+                    )
         return {role: torch.stack(values).mean() for role, values in turns.items()}
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -198,7 +202,7 @@ class Nero(ArchOptimizer):
             states = [self.state[p] for p in params]
             for state in states:
                 state["step"] += 1
-            form = _foreach_nero if takes_foreach(group, params) else _single_tensor_nero
+            form = _foreach_nero if takes_foreach(group) else _single_tensor_nero
             form(params, states, group)
 
 
@@ -212,9 +216,7 @@ def _project(param: Tensor, group: dict[str, Any], only: Tensor | None = None) -
     if not dims:
         return
     before = None if only is None else param.clone()
-    balance_(
-        param, dims, group["channel_groups"], zero_mean=group["zero_mean"], unit_norm=group["unit_norm"]
-    )
+    balance_(param, dims, group["channel_groups"], zero_mean=group["zero_mean"], unit_norm=group["unit_norm"])
     if before is not None and only is not None:
         norm = row_norm(as_rows(only, group["channel_groups"]), dims)
         rows = as_rows(param, group["channel_groups"])
@@ -272,22 +274,27 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     # Statistics of all rows, one vector each.
     norms = [row_norm(g, dims) for g, dims in zip(grads, all_dims, strict=True)]
     sizes = [norm.numel() for norm in norms]
+    count = _counts.__wrapped__ if torch.compiler.is_compiling() else _counts
+    counts = count(tuple(sizes), norms[0].device)
     norm = torch.cat([norm.flatten() for norm in norms])
     old = torch.cat([state["exp_avg_sq"].flatten() for state in states])
     finite = torch.isfinite(norm.square())
     v = torch.where(finite, beta * old + (1 - beta) * norm.square(), old)
-    rate = [lr * s["scale"] * bias_correction(beta, s["step"]).sqrt() for s in states]
-    rates = torch.cat([r.to(exact).expand(size) for r, size in zip(rate, sizes, strict=True)])
+    corrections = bias_correction(beta, torch.stack([state["step"] for state in states])).sqrt()
+    rates = lr * torch.stack([state["scale"] for state in states]) * corrections.to(norm.device, exact)
+    rates = rates.repeat_interleave(counts, output_size=norm.numel())
     moves = finite & (norm > 0) & (v > 0) & (lr != 0)
     stride = torch.where(moves, rates / v.sqrt(), 0.0)
     turn = stride * torch.where(moves, norm, 0.0)
 
     def by_tensor(rows: Tensor) -> list[Tensor]:
-        return [part.view_as(n) for part, n in zip(rows.split(sizes), norms, strict=True)]
+        return [part.view_as(n) for part, n in zip(torch.split(rows, sizes), norms, strict=True)]
 
     torch._foreach_copy_([state["exp_avg_sq"] for state in states], by_tensor(v))
-    torch._foreach_copy_([s["turn"] for s in states], [part.mean() for part in turn.split(sizes)])
-    torch._foreach_add_([s["skipped"] for s in states], [part.sum() for part in (~finite).int().split(sizes)])
+    mean_turn = torch.segment_reduce(turn, "mean", lengths=counts)
+    skipped = torch.segment_reduce((~finite).to(exact), "sum", lengths=counts).to(torch.int32)
+    torch._foreach_copy_([state["turn"] for state in states], list(mean_turn.unbind()))
+    torch._foreach_add_([state["skipped"] for state in states], list(skipped.unbind()))
 
     # Move; then centre and normalise the rows that moved. For the others every operation is an exact identity.
     moving = by_tensor(moves)
@@ -311,6 +318,12 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
         torch._foreach_div_(rows, divisors)
     if targets is not weights:
         torch._foreach_copy_(weights, targets)
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rows a tensor; kept, since making it again at each step would copy from the host."""
+    return torch.tensor(sizes, device=device)
 
 
 def module_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
