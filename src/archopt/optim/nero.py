@@ -281,7 +281,11 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     finite = torch.isfinite(norm.square())
     v = torch.where(finite, beta * old + (1 - beta) * norm.square(), old)
     corrections = bias_correction(beta, torch.stack([state["step"] for state in states])).sqrt()
-    rates = lr * torch.stack([state["scale"] for state in states]) * corrections.to(norm.device, exact)
+    rates = (
+        lr
+        * torch.stack([state["scale"] for state in states])
+        * corrections.to(norm.device, exact, non_blocking=True)
+    )
     rates = rates.repeat_interleave(counts, output_size=norm.numel())
     moves = finite & (norm > 0) & (v > 0) & (lr != 0)
     stride = torch.where(moves, rates / v.sqrt(), 0.0)
