@@ -31,6 +31,19 @@ from archopt.roles import Role, group_by_treatment, parameter_roles
 NORMS = ("published", "frobenius", "filters", "rows", "rms", "max")
 MATRIX_NORMS = ("published", "frobenius", "filters")
 
+PUBLISHED: dict[str, Any] = {
+    "norm": "published",
+    "radius": None,
+    "share": 1.0,
+    "uses": 1,
+    "slices": 1,
+    "groups": 1,
+    "transposed": False,
+    "stride": 1,
+    "neuron_dim": 0,
+}
+"""The options of a group that say how a block is measured, as the published rule has them."""
+
 VECTOR_SHARE = 0.25  # share of a bias, gain or scalar beside a matrix's 1: 1, 1/4 and 1/10 differ little
 SMALLEST_RADIUS = 1e-3  # of a tensor whose radius is measured, so that one that starts at zero can move
 
@@ -157,8 +170,8 @@ def module_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> l
     if unknown := [role.name for role in table if role.kind == "unknown"]:
         warn_assumption(
             f"AGD does not know the role of {', '.join(unknown)}: taken as one vector whose radius is the "
-            f"RMS of its initial values. State it, as in AGD(model, roles={{{unknown[0]!r}: 'matrix'}}), or set "
-            "norm and radius in its group"
+            f"RMS of its initial values. State it, as in AGD(model, roles={{{unknown[0]!r}: 'matrix'}}), or "
+            "set norm and radius in its group"
         )
     return group_by_treatment(table, lambda role: agd_treatment(role, params[role.name]))
 
