@@ -37,22 +37,20 @@ KINDS: dict[str, Kind] = {
     "conv_transpose": Kind(
         "hidden",
         "filters of a transposed convolution, a neuron being an output channel",
-        "output channels turn",
+        "filters turn",
         "per tap, radius sqrt(out/in)*stride/sqrt(taps)",
     ),
     "embedding": Kind("embedding", "a row a token", "rows turn", "per row, RMS radius 1"),
     "position": Kind("embedding", "a row a position or special token", "rows turn", "per row, RMS radius 1"),
     "head": Kind("head", "the matrix that feeds the outputs", "rows turn", "radius sqrt(out/in)"),
-    "tied": Kind(
-        "embedding", "embedding and output head at once", "rows turn", "per row, radius as measured"
-    ),
+    "tied": Kind("embedding", "embedding and output head at once", "rows turn", "per row, radius measured"),
     "gain": Kind("vector", "factors around one, and weights of fan-in 1", _ENTRIES, "signs, radius 1"),
     "shift": Kind("vector", "what a normalisation layer adds", _ENTRIES, "RMS radius 1"),
     "bias": Kind("vector", "what any other layer adds", _ENTRIES, "RMS radius 1"),
-    "vector": Kind("vector", "any other vector", _ENTRIES, "RMS radius as measured"),
-    "scalar": Kind("vector", "one number", _ENTRIES, "sign, radius as measured"),
+    "vector": Kind("vector", "any other vector", _ENTRIES, "RMS radius measured"),
+    "scalar": Kind("vector", "one number", _ENTRIES, "sign, radius measured"),
     "unknown": Kind(
-        "hidden", "three or more dimensions, of no known layer", "rows turn", "RMS radius as measured"
+        "hidden", "three or more dimensions, of no known layer", "rows turn", "RMS radius measured"
     ),
 }
 """The closed vocabulary. Values of `Role.kind` are plain strings: they enter groups and so state dicts."""
@@ -133,7 +131,7 @@ def what_agd_does(role: Role) -> str:
     words = KINDS[role.kind].agd
     if role.slices > 1:
         return f"per slice, {words}"
-    return f"per group, {words}" if role.groups > 1 and role.kind in ("conv", "conv_transpose") else words
+    return words.replace("per tap", "per group and tap") if role.groups > 1 else words
 
 
 class RoleTable:
@@ -214,7 +212,8 @@ def _pad(align: Callable[[str, int], str], text: str, width: int) -> str:
 
 def _label(role: Role) -> str:
     """The kind, with what changes its treatment."""
-    details = {"slices": role.slices, "groups": role.groups, "uses": role.uses}
+    groups = 1 if role.kind == "depthwise" else role.groups
+    details = {"slices": role.slices, "groups": groups, "uses": role.uses}
     counts = [f"{count} {name}" for name, count in details.items() if count > 1]
     return f"{role.kind} ({', '.join(counts)})" if counts else role.kind
 

@@ -370,7 +370,7 @@ _LAYERS: tuple[tuple[Callable[[nn.Module], bool], _Reader], ...] = (
 def _judge(module: nn.Module, name: str, shape: tuple[int, ...]) -> Fields:
     """The role of a parameter of an unknown module, by its shape and name."""
     owner = type(module).__name__
-    by_name = f"a parameter of {owner}, judged by its name"
+    guess = f"a parameter of {owner}, by its name and shape taken for"
     if math.prod(shape) == 1:
         return _entries("scalar", shape)
     is_vector = math.prod(shape) == max(shape)  # one dimension, or one besides ones
@@ -378,20 +378,26 @@ def _judge(module: nn.Module, name: str, shape: tuple[int, ...]) -> Fields:
         kind = "shift" if SHIFT_NAME.search(name) else "gain"
         return {**_entries(kind, shape), "note": f"{owner} is taken for a normalisation layer, by its name"}
     if BIAS_NAME.search(name):
-        return {**_entries("bias", shape), "note": by_name if len(shape) > 1 else ""}
+        return {**_entries("bias", shape), "note": f"{guess} a bias" if len(shape) > 1 else ""}
     if len(shape) == 1:
         return {"kind": "vector"}
     if len(shape) in (2, 3) and shape[-1] > 1 and _names_positions(name):
-        return {"kind": "position", "neuron_dim": tuple(range(len(shape) - 1)), "note": by_name}
+        return {"kind": "position", "neuron_dim": tuple(range(len(shape) - 1)), "note": f"{guess} positions"}
     if len(shape) == 2:
-        assumed = {"kind": "matrix", "note": f"a parameter of {owner}: taken for a matrix (out, in)"}
+        assumed = {
+            "kind": "matrix",
+            "note": f"a parameter of {owner}, by its shape taken for a matrix (out, in)",
+        }
         return _entry_by_entry_if_fan_in_1(assumed, shape)
     if is_vector:
-        return {**_entries("vector", shape), "note": f"a parameter of {owner}, one dimension besides ones"}
+        return {
+            **_entries("vector", shape),
+            "note": f"a parameter of {owner}, by its shape taken for a vector",
+        }
     return {
         "kind": "unknown",
-        "note": f"a parameter of {owner} with {len(shape)} dimensions: rows along dimension 0 assumed; "
-        "say what it is with an override",
+        "note": f"a parameter of {owner} with {len(shape)} dimensions: say with an override what it is; "
+        "until then, its rows lie along dimension 0",
     }
 
 
