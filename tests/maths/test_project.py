@@ -1,9 +1,12 @@
 """`project_`: rows of mean 0 and norm 1 on request, by the roles of a module or along an axis of tensors."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from archopt.optim.nero import Nero
 from archopt.project import project_
 from archopt.roles import parameter_roles
 from maths.models import GPT, UNet, ViT
@@ -59,13 +62,23 @@ def test_a_module_is_balanced_by_its_roles():
     assert all(torch.equal(weights[name], before) for name, before in vectors.items())
 
 
-def test_tied_weights_are_balanced_once_and_padding_stays_zero():
+def test_tied_weights_are_balanced_once_and_zero_rows_stay():
     model = GPT()
     model.wte.weight.data[3] = 0
     project_(model)
     assert model.lm_head.weight is model.wte.weight
     assert torch.equal(model.wte.weight[3], torch.zeros(8))
     assert_balanced(model.wte.weight[torch.arange(30) != 3])
+
+
+@pytest.mark.parametrize("build", [UNet, ViT, GPT])
+def test_projection_is_what_nero_does_at_construction(build):
+    model = build()
+    projected = copy.deepcopy(model)
+    Nero(model)
+    project_(projected)
+    for (name, a), b in zip(model.named_parameters(), projected.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_overrides_decide_what_is_a_row():

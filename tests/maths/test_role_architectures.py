@@ -159,7 +159,15 @@ def test_gan_with_spectral_norm():
     assert [role.name for role in moved if role.kind == "head"] == ["d.2.parametrizations.weight.original"]
 
 
-ARCHITECTURES = [ResNet, MobileNet, Recurrent, UNet, ViT, GPT, lambda: nn.Transformer(8, 2, 1, 1, 16)]
+ARCHITECTURES = [
+    ResNet,
+    MobileNet,
+    Recurrent,
+    UNet,
+    ViT,
+    GPT,
+    lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True),
+]
 
 
 @pytest.mark.parametrize("build", ARCHITECTURES)
@@ -194,6 +202,13 @@ def test_a_shared_layer_counts_its_uses_and_is_no_head():
     model = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), layer)
     weight = parameter_roles(model)["0.weight"]
     assert (weight.kind, weight.uses, weight.aliases) == ("matrix", 3, ("2.weight", "4.weight"))
+
+
+def test_a_last_linear_whose_weight_is_used_elsewhere_too_is_no_head():
+    model = nn.Sequential(nn.Linear(4, 4), Holder())
+    model[1].register_parameter("kernel", model[0].weight)
+    role = parameter_roles(model)["0.weight"]
+    assert (role.kind, role.aliases) == ("matrix", ("1.kernel",))
 
 
 def test_layers_that_share_a_weight_but_not_its_axis_say_so():

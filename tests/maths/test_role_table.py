@@ -1,6 +1,8 @@
 """Overrides of roles, the printed table, and parameter groups."""
 
+import doctest
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,8 @@ def test_a_kind_by_itself_brings_its_own_axis():
     table = parameter_roles(model, {r"deconv\.weight": "conv", r"qkv\.weight": "matrix"})
     assert (table["deconv.weight"].neuron_dim, table["deconv.weight"].channel_groups) == (0, 1)
     assert table["qkv.weight"].slices == 1
+    table = parameter_roles(nn.Conv1d(4, 6, 3, groups=2), {"weight": "head"})
+    assert (table["weight"].kind, table["weight"].groups) == ("head", 2)
     table = parameter_roles(nn.ModuleList([HfConv1D(6, 4)]), {"weight": "head"})
     assert (table["0.weight"].kind, table["0.weight"].neuron_dim) == ("head", 1)
     table = parameter_roles(Holder(a=(3, 4, 5), b=(3, 4)), {"a": "position", "b": "conv_transpose"})
@@ -83,6 +87,8 @@ def test_a_kind_by_itself_brings_its_own_axis():
         ({"fc.weight": {"kind": "vector", "neuron_dim": 1}}, ValueError, ["entry by entry", "neuron_dim"]),
         ({"(": "head"}, ValueError, ["'(' is not a regular expression"]),
         ({"fc.weight": 3}, TypeError, ["3 is neither a kind nor a dict of kind, neuron_dim"]),
+        ({"fc.weight": {"kind": ["head"]}}, ValueError, ["['head'] is no kind"]),
+        ({3: "head"}, TypeError, ["a pattern is a string, got a int"]),
         ([("fc.weight", "head")], TypeError, ["overrides is a list, expected a mapping"]),
     ],
 )
@@ -108,6 +114,7 @@ def test_the_printed_table_says_what_happens_to_every_parameter():
             self.conv = nn.Conv2d(4, 8, 3, groups=2)
             self.dw = nn.Conv2d(8, 8, 3, groups=8, bias=False)
             self.up = nn.ConvTranspose2d(8, 6, 2, stride=2, bias=False)
+            self.blur = nn.ConvTranspose2d(6, 6, 2, stride=2, groups=6, bias=False)
             self.norm = nn.LayerNorm(8)
             self.qkv = nn.Linear(8, 24, bias=False)
             self.old = nn.Linear(8, 8, bias=False).requires_grad_(False)
@@ -119,14 +126,15 @@ def test_the_printed_table_says_what_happens_to_every_parameter():
     expected = """
 name          shape          role             neurons  fan-in  Nero                          AGD
 ------------  -------------  ---------------  -------  ------  ----------------------------  -----------------------------------------------
-pos           1 x 9 x 8      position               9       8  rows turn, mean 0, norm 1     per row, RMS radius 1
+pos           1 x 9 x 8      position               9       8  rows turn, mean 0, norm 1     per row, RMS radius measured
 experts       2 x 8 x 8      unknown                2      64  rows turn, mean 0, norm 1     RMS radius measured
 scale         ()             scalar                 1       1  entries move one by one       sign, radius measured
-wte.weight    1000 x 8       tied (2 uses)      1,000       8  rows turn, mean 0, norm 1     per row, radius measured
+wte.weight    1000 x 8       tied (2 uses)      1,000       8  rows turn, mean 0, norm 1     per row, RMS radius measured
 conv.weight   8 x 2 x 3 x 3  conv (2 groups)        8      18  filters turn, mean 0, norm 1  per group and tap, radius sqrt(out/in)/sqrt(taps)
 conv.bias     8              bias                   8       1  entries move one by one       RMS radius 1
 dw.weight     8 x 1 x 3 x 3  depthwise              8       9  filters turn, mean 0, norm 1  per channel, radius 1/sqrt(taps)
 up.weight     8 x 6 x 2 x 2  conv_transpose         6      32  filters turn, mean 0, norm 1  per tap, radius sqrt(out/in)*stride/sqrt(taps)
+blur.weight   6 x 1 x 2 x 2  conv_transpose (6 groups)  6       4  filters turn, mean 0, norm 1  per channel, radius stride/sqrt(taps)
 norm.weight   8              gain                   8       1  entries move one by one       signs, radius 1
 norm.bias     8              shift                  8       1  entries move one by one       RMS radius 1
 qkv.weight    24 x 8         matrix (3 slices)     24       8  rows turn, mean 0, norm 1     per slice, radius sqrt(out/in)
@@ -134,7 +142,7 @@ old.weight    8 x 8          matrix                 8       8  frozen           
 value.weight  1 x 8          matrix                 1       8  rows turn, mean 0, norm 1     radius sqrt(out/in)
 out.weight    2 x 8          head                   2       8  rows turn, mean 0, norm 1     radius sqrt(out/in)
 
-14 tensors, 8,913 entries (64 frozen), 1,085 trainable neurons
+15 tensors, 8,937 entries (64 frozen), 1,091 trainable neurons
 pos: a parameter of Tiny, by its name and shape taken for positions
 experts: a parameter of Tiny with 3 dimensions: say with an override what it is; until then, its rows lie along dimension 0
 wte.weight: the same tensor as decode.weight
@@ -210,3 +218,10 @@ def test_torch_optimizers_take_the_groups_with_their_names():
     optimizer = torch.optim.SGD(groups, lr=0.1)
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_the_examples_of_the_page_hold():
+    page = Path(__file__).parents[2] / "docs" / "roles.md"
+    results = doctest.testfile(str(page), module_relative=False)
+    assert results.attempted >= 5
+    assert results.failed == 0
