@@ -8,6 +8,7 @@ can fail.
 """
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +32,8 @@ class Configuration:
     label: str
     rule: Callable[..., Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
+    main: bool = False
+    """Whether these are a rule's default options, which every run of the tests checks in full."""
     takes: str = "parameters"
     """What `rule` is given for a module: its "parameters", or the "module" itself."""
     dims: range = ANY
@@ -108,16 +111,158 @@ def nero(label: str, **known: Any) -> Configuration:
 
 
 NERO = (
-    nero("nero"),
+    nero("nero", main=True),
     nero("nero-mean", options={"unit_norm": False}),
     nero("nero-norm", options={"zero_mean": False}),
     nero("nero-free", options={"zero_mean": False, "unit_norm": False}),
     nero("nero-beta0.9", options={"beta": 0.9, "lr": 0.02}),
     nero("nero-beta0", options={"beta": 0.0}),
     nero("nero-columns", options={"neuron_dim": 1}),
-    nero("nero-module", takes="module"),
+    nero("nero-module", main=True, takes="module"),
 )
 
-CONFIGURATIONS: tuple[Configuration, ...] = (*NERO,)
+# -- AGD ---------------------------------------------------------------------------------------------------
+
+
+def agd(label: str, **known: Any) -> Configuration:
+    return Configuration(
+        label,
+        archopt.AGD,
+        takes_rate=False,
+        skips="step",
+        skipped=lambda optimizer: optimizer.skipped_steps,
+        reports=("eta", "gradient_summary"),
+        option="gain",
+        out_of_range=(("gain", -1.0), ("gain", float("nan"))),
+        exempt={
+            "state_of_another_model_is_refused": "AGD keeps no state: there is nothing to tell two models apart by"
+        },
+        **known,
+    )
+
+
+AGD = (
+    agd("agd", main=True, dims=MATRICES_AND_FILTERS),
+    agd("agd-gain10", dims=MATRICES_AND_FILTERS, options={"gain": 10.0}),
+    agd("agd-module", main=True, takes="module"),
+)
+
+# -- Lamb and Madam ----------------------------------------------------------------------------------------
+
+LAMB_REFUSES = (
+    ("betas", (1.0, 0.999)),
+    ("betas", (0.9, -0.5)),
+    ("eps", -1e-8),
+    ("weight_decay", -0.1),
+    ("weight_decay", float("nan")),
+    ("max_weight_norm", -1.0),
+)
+MADAM_REFUSES = (("beta", 1.0), ("beta", -0.1), ("p_scale", -1.0), ("g_bound", -1.0))
+MADAM_BREAKS = {
+    "zero_weights_wake": "Madam's steps are multiplicative: a weight of zero never moves (2006.14560)"
+}
+
+
+def lamb(label: str, **known: Any) -> Configuration:
+    return Configuration(
+        label,
+        archopt.Lamb,
+        skips="tensor",
+        skipped=count_in_state,
+        option="weight_decay",
+        out_of_range=LAMB_REFUSES,
+        memoryless=known.pop("memoryless", False),
+        **known,
+    )
+
+
+def madam(label: str, **known: Any) -> Configuration:
+    return Configuration(
+        label,
+        archopt.Madam,
+        skips="tensor",
+        skipped=count_in_state,
+        option="p_scale",
+        out_of_range=MADAM_REFUSES,
+        exempt=MADAM_BREAKS,
+        **known,
+    )
+
+
+LAMB = (
+    lamb("lamb", main=True),
+    lamb("lamb-beta0", options={"betas": (0.0, 0.999)}, memoryless=True),
+    lamb("lamb-decay", options={"weight_decay": 0.1}),
+    lamb("lamb-corrected", options={"bias_correction": True, "max_weight_norm": None}),
+    lamb("lamb-adam", options={"trust_ratio": False}),
+)
+MADAM = (
+    madam("madam", main=True),
+    madam("madam-sum", options={"constant_sum": True}),
+)
+
+# -- torch's own, as controls ------------------------------------------------------------------------------
+
+CASTS = "torch keeps state in the type of the weights"
+TORCH_BREAKS = {
+    "older_state_dict_lacking_an_option_loads": "torch knows defaults for a few options alone",
+    "copying_leaves_the_original_alone": "torch's load_state_dict shares tensors with the state dict",
+    "state_appears_for_all_parameters_at_once": "torch makes state when a gradient first appears",
+    "state_of_another_optimizer_is_refused": "torch loads any state",
+    "state_of_another_model_is_refused": "torch compares numbers of tensors, not shapes",
+    "non_finite_gradient_leaves_no_trace": "torch lets NaN into the weights",
+    "everything_non_finite_changes_nothing": "torch lets NaN into the weights",
+    "statistics_of_half_weights_are_float32": CASTS,
+    "load_into_another_dtype_keeps_statistics": CASTS,
+}
+
+
+def torch_rule(label: str, rule: Callable[..., Optimizer], **known: Any) -> Configuration:
+    return Configuration(
+        label,
+        rule,
+        forms=known.pop("forms", ("default", "foreach")),
+        memoryless=known.pop("memoryless", False),
+        exempt=TORCH_BREAKS | known.pop("exempt", {}),
+        **known,
+    )
+
+
+CONTROLS = (
+    torch_rule("torch-sgd", torch.optim.SGD, options={"lr": 0.05, "momentum": 0.9}),
+    torch_rule("torch-adamw", torch.optim.AdamW, main=True, options={"lr": 0.01}),
+)
+if hasattr(torch.optim, "Muon"):  # from torch 2.9
+    CONTROLS += (
+        torch_rule("torch-muon", torch.optim.Muon, dims=MATRICES, forms=("default",), maximizes=False),
+    )
+
+# -- any optimiser, constrained ----------------------------------------------------------------------------
+
+
+def constrained(rule: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """A factory of `rule`, constrained as it is built."""
+
+    @functools.wraps(rule)
+    def make(params: Any, **options: Any) -> Optimizer:
+        return archopt.constrain(rule(params, **options))
+
+    return make
+
+
+def constrain(configuration: Configuration, label: str, *, main: bool = False) -> Configuration:
+    return replace(
+        configuration, label=label, rule=constrained(configuration.rule), unit_norm=True, main=main
+    )
+
+
+CONSTRAINED = (
+    constrain(LAMB[1], "lamb-constrained"),
+    constrain(MADAM[0], "madam-constrained"),
+    constrain(CONTROLS[0], "sgd-constrained"),
+    constrain(torch_rule("", torch.optim.Adam, options={"lr": 0.01}), "adam-constrained", main=True),
+)
+
+CONFIGURATIONS: tuple[Configuration, ...] = (*NERO, *AGD, *LAMB, *MADAM, *CONSTRAINED, *CONTROLS)
 BY_LABEL = {configuration.label: configuration for configuration in CONFIGURATIONS}
 assert len(BY_LABEL) == len(CONFIGURATIONS), "two configurations share a label"

@@ -1,6 +1,7 @@
 """Every behaviour, for every configuration of every rule, in every form."""
 
 import importlib
+import itertools
 from typing import Any
 
 import pytest
@@ -19,6 +20,22 @@ def label(value: Any) -> str:
     return str(value).removeprefix("torch.").replace("/", "|")
 
 
+def is_quick(behaviour: Behaviour, configuration: Configuration, form: str, variant: Any) -> bool:
+    """Whether a case is in every run of the tests; the others are in the long one.
+
+    Every rule with its default options, in the default form, is checked for all variants. Other forms of it, and
+    other options in the default form, take the first and the last variant.
+    """
+    if behaviour.costly:
+        return configuration.main and variant == behaviour.variants[0]
+    if configuration.main and form == "default":
+        return True
+    return (configuration.main or form == "default") and variant in (
+        behaviour.variants[0],
+        behaviour.variants[-1],
+    )
+
+
 def cases(family: str) -> list[Any]:
     """One test for each behaviour, configuration, form and variant; exempt ones must fail, for their reason."""
     found = []
@@ -26,25 +43,15 @@ def cases(family: str) -> list[Any]:
         for behaviour in BEHAVIOURS.values():
             if behaviour.family != family or not behaviour.applies(configuration):
                 continue
-            for form in behaviour.forms:
+            for form, variant in itertools.product(behaviour.forms, behaviour.variants):
                 if form not in configuration.forms:
                     continue
-                for variant in behaviour.variants:
-                    case = "/".join([behaviour.name, form, ",".join(map(label, variant.values()))]).rstrip(
-                        "/"
-                    )
-                    marks = [pytest.mark.slow] if behaviour.slow(variant) else []
-                    if reason := configuration.exemption(case):
-                        marks.append(pytest.mark.xfail(reason=reason, strict=True))
-                    found.append(
-                        pytest.param(
-                            behaviour,
-                            configuration.in_form(form),
-                            variant,
-                            marks=marks,
-                            id=f"{configuration.label}/{case}",
-                        )
-                    )
+                case = "/".join([behaviour.name, form, ",".join(map(label, variant.values()))]).rstrip("/")
+                marks = [] if is_quick(behaviour, configuration, form, variant) else [pytest.mark.slow]
+                if reason := configuration.exemption(case):
+                    marks.append(pytest.mark.xfail(reason=reason, strict=True))
+                make, name = configuration.in_form(form), f"{configuration.label}/{case}"
+                found.append(pytest.param(behaviour, make, variant, marks=marks, id=name))
     return found
 
 

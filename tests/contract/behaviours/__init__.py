@@ -32,7 +32,7 @@ class Behaviour:
     forms: tuple[str, ...]
     variants: tuple[Mapping[str, Any], ...]
     applies: Callable[[Any], bool]
-    slow: Callable[[Mapping[str, Any]], bool]
+    costly: bool
 
 
 BEHAVIOURS: dict[str, Behaviour] = {}
@@ -42,7 +42,7 @@ def behaviour(
     *,
     forms: tuple[str, ...] = (*EAGER, "capturable"),
     applies: Callable[[Any], bool] = lambda make: True,
-    slow: Callable[[Mapping[str, Any]], bool] = lambda variant: False,
+    costly: bool = False,
     **variants: tuple[Any, ...],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a behaviour; `variants` names keyword arguments and the values that each is checked at.
@@ -61,7 +61,7 @@ def behaviour(
             forms=forms,
             variants=tuple(dict(zip(variants, values, strict=True)) for values in product),
             applies=applies,
-            slow=slow,
+            costly=costly,
         )
         return check
 
