@@ -124,7 +124,7 @@ def nothing_to_train_is_refused(make: Any) -> None:
     refused(lambda: make(nn.ReLU()), "param")
     if make.takes == "module":
         frozen = model_for(make).requires_grad_(False)
-        refused(lambda: make(frozen), "trainable")
+        refused(lambda: make(frozen), "train")
 
 
 @behaviour(forms=DEFAULT, applies=lambda make: make.takes == "parameters")

@@ -147,3 +147,9 @@ def set_rates(optimizer: Optimizer, factor: float) -> None:
     """Multiplies every group's learning rate (or multiplier) by `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * factor
+
+
+def group_of(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """A group of the module's parameters, with their names if the optimiser's groups have names (torch asks so)."""
+    named = "param_names" in optimizer.param_groups[0]
+    return {"params": list(module.named_parameters() if named else module.parameters())}

@@ -17,6 +17,7 @@ from contract.behaviours.problems import (
     assert_same_bits,
     copy_of,
     give_gradients,
+    group_of,
     model_for,
     named_tensors,
     random,
@@ -180,7 +181,7 @@ def foreign_keys_in_groups_survive(make: Any) -> None:
     other.load_state_dict(saved(optimizer.state_dict()))
     for group in other.param_groups:
         assert (group["initial_lr"], group["swa_lr"], group["my_label"]) == (0.5, 0.25, "encoder")
-    other.add_param_group({"params": [nn.Parameter(random(4, 3))]})
+    other.add_param_group(group_of(other, named_tensors(weight=random(4, 3))))
     train(twin, other, range(2, 3))
 
 
@@ -190,7 +191,7 @@ def added_group_trains(make: Any) -> None:
     model, extra = model_for(make), named_tensors(weight=random(4, 3, seed=5))
     optimizer = make(model)
     train(model, optimizer, range(3))
-    optimizer.add_param_group({"params": list(extra.parameters())})
+    optimizer.add_param_group(group_of(optimizer, extra))
     assert optimizer.defaults.keys() <= optimizer.param_groups[-1].keys(), "the new group lacks options"
     before = copy_of(extra)
     give_gradients(extra, 1)
@@ -199,7 +200,7 @@ def added_group_trains(make: Any) -> None:
 
     twin, other_extra = model_for(make, seed=1), named_tensors(weight=random(4, 3, seed=6))
     other = make(twin)
-    other.add_param_group({"params": list(other_extra.parameters())})
+    other.add_param_group(group_of(other, other_extra))
     twin.load_state_dict(model.state_dict())
     other_extra.load_state_dict(extra.state_dict())
     other.load_state_dict(saved(optimizer.state_dict()))
