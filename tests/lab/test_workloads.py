@@ -347,7 +347,7 @@ def test_mnist_metric_survives_an_interruption_to_the_bit() -> None:
 
 @pytest.mark.data
 def test_cwn_starts_as_the_published_runs() -> None:
-    """Stored runs first reach 0.9 on a batch at steps 12, 18, 12 with sigma 1, and at 386 to 435 with sigma 100."""
+    """The authors' runs first score 0.9 at steps 12, 18, 12 with sigma 1, at 386 to 435 with sigma 100."""
     data = real_data("mnist")
 
     def accuracies(sigma: float) -> list[float]:
