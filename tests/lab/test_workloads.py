@@ -279,7 +279,7 @@ def test_mlp100_paper_has_the_published_sizes_and_settings() -> None:
     with torch.device("meta"):
         model = MnistMLP100().build()
     assert sizes(model) == (60_936_410, 200)
-    assert MnistMLP100.lrs == (1e-4, 1e-3, 1e-2, 1e-1)
+    assert set(MnistMLP100.lrs) >= {1e-4, 1e-3, 1e-2, 1e-1}
     rates = {name: settings["lr"] for name, settings in MnistMLP100.settings.items()}
     assert rates == {"nero": 1e-3, "lamb": 1e-2, "adam": 1e-3, "sgd": 1e-1}
 
