@@ -71,7 +71,7 @@ class CudaClock(Clock):
         self._events: list[tuple[str | None, torch.cuda.Event]] = []
 
     def _record(self, phase: str | None) -> None:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         self._events.append((phase, event))
 

@@ -32,7 +32,7 @@ def parse_known(
 ) -> tuple[Options, list[str]]:
     """The same, but arguments that `kind` does not know are returned."""
     said = io.StringIO()
-    given = {} if default is None else {"default": default}
+    given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said):
             options, unknown = tyro.cli(

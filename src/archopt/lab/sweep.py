@@ -131,7 +131,7 @@ def rates(asked: Rates, choice: Choice, experiment: Experiment) -> list[float | 
         return [default]
     grid = experiment.workload.lrs if asked == "grid" else [check_lr(choice.entry, lr) for lr in asked]
     tried = {float(lr) for lr in grid if isinstance(lr, int | float)}
-    return sorted(tried if default is None else tried | {default})
+    return list(sorted(tried if default is None else tried | {default}))
 
 
 def check_choice(experiment: Experiment, choice: Choice, lrs: Sequence[float | None]) -> str | None:
@@ -234,7 +234,7 @@ def _write_comparison(
     with explained(plan.out):
         plan.out.mkdir(parents=True, exist_ok=True)
     before = read_json(path) if path.exists() else {}
-    optimizers = [
+    optimizers: list[dict[str, Any]] = [
         {
             "label": choice.label,
             "name": choice.entry.name,

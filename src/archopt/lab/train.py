@@ -234,7 +234,7 @@ class Run:
     def update(self, name: str, loss: Tensor) -> None:
         """Backward, clipping, the named model's step; then all gradients are freed."""
         with self._without_autocast:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self._clock.enter(measure.OPTIMIZER)
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.models[name].parameters(), self.clip_norm)
