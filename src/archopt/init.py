@@ -1,22 +1,21 @@
 """The initial weights that the analysis of AGD starts from (2304.05187, section 3 and Algorithm 1)."""
 
 import math
-from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from archopt.neurons import as_rows, statistics_dtype
-from archopt.optim.oracles import PUBLISHED, agd_treatment, measure, nonzero, parts_of, shape_radius
-from archopt.roles import parameter_roles
+from archopt.neurons import statistics_dtype
+from archopt.optim.oracles import PUBLISHED, Parts, agd_treatment, measure, nonzero, parts_of, shape_radius
+from archopt.roles import Overrides, parameter_roles
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @torch.no_grad()
 def orthogonal_(
-    module: Module, *, roles: Mapping[str, str] | None = None, generator: torch.Generator | None = None
+    module: Module, *, roles: Overrides | None = None, generator: torch.Generator | None = None
 ) -> Module:
     """Gives every weight of `module` the size that AGD takes for 100 %, in place, and returns the module.
 
@@ -37,17 +36,18 @@ def orthogonal_(
     Half-precision weights are drawn in float32 and rounded. Call it before the model is wrapped (DDP, FSDP)
     and before the optimiser is built. Raises ValueError for meta tensors.
     """
-    for role, param in parameter_roles(module, roles).items():
+    table = parameter_roles(module, roles)
+    for role, param in table.items():
         if param.is_meta:
             raise ValueError(f"{role.name} is a meta tensor; call module.to_empty(device=...) first")
         if not param.requires_grad or param.numel() == 0:
             continue
-        options = PUBLISHED | agd_treatment(role, param)
-        radius = shape_radius(param.shape, options)
+        options = PUBLISHED | agd_treatment(role, param, table)
+        parts, radius = parts_of(param.shape, options), shape_radius(param.shape, options)
         if options["norm"] == "frobenius":
-            _fill_semi_orthogonal(param, options["slices"] * options["groups"], radius, generator)
+            _fill_semi_orthogonal(param, parts, radius, generator)
         elif options["norm"] == "filters" or role.kind == "embedding":
-            param.copy_(_rows_of_rms(param, parts_of(param.shape, options).dims, radius, generator))
+            param.copy_(_rows_of_rms(param, parts.dims, radius, generator))
         elif role.kind in ("bias", "shift"):
             param.zero_()
         elif role.kind == "gain":
@@ -56,10 +56,11 @@ def orthogonal_(
 
 
 def _fill_semi_orthogonal(
-    weight: Tensor, split: int, radius: float, generator: torch.Generator | None
+    weight: Tensor, parts: Parts, radius: float, generator: torch.Generator | None
 ) -> None:
-    """Fills each tap of each of the `split` matrices along dimension 0, whatever the strides of `weight`."""
-    view = as_rows(weight, split) if split > 1 else weight.unsqueeze(0)
+    """Fills each tap of each slice or group, whatever the strides of `weight`."""
+    split = parts.split
+    view = parts.view(weight).movedim(parts.split_dim, 0) if split > 1 else weight.unsqueeze(0)
     rows, columns, taps = view.shape[1], view.shape[2], view.shape[3:]
     matrices = semi_orthogonal(split * math.prod(taps), rows, columns, like=weight, generator=generator)
     view.copy_(radius * matrices.view(split, *taps, rows, columns).movedim((-2, -1), (1, 2)))

@@ -11,14 +11,13 @@ the Frobenius norm of each tap, where ||g||* is the sum over taps of ||g||_F and
 stand in `archopt.optim.oracles`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from archopt.neurons import as_rows
 from archopt.optim import oracles
 from archopt.optim.base import (
     ArchOptimizer,
@@ -29,6 +28,7 @@ from archopt.optim.base import (
     statistics_like,
     takes_foreach,
 )
+from archopt.roles import Overrides
 
 
 def agd_step_size(summary: Tensor) -> Tensor:
@@ -88,15 +88,14 @@ class AGD(ArchOptimizer):
         error_if_nonfinite: raise RuntimeError at a gradient that is not finite, before anything moves; costs
             one synchronisation a step. By default such a step is void and counted in `skipped_steps`.
         maximize: ascend instead.
-        foreach: batch operations over tensors, for a copy of the gradients during the step; None chooses
-            (True on CUDA).
+        foreach: batch operations over tensors, for a copy of the gradients during the step; None means True.
         fused: no fused form yet; True is refused.
         capturable: accepted as in torch's optimisers; a step never reads the device in any case.
 
     Options of a group, with the values of AGD(params): lr=1.0 (a multiplier for schedulers, not a knob),
     norm="published" (see `archopt.optim.oracles`), radius=None (from the shape), share=1.0 (of the step,
     relative to other tensors), uses=1 (how often the network applies the tensor), slices=1 and groups=1 (of
-    dimension 0), transposed=False, stride=1, neuron_dim=0. A step is gain * lr * eta.
+    dimension 0), stride=1, neuron_dim=0. A step is gain * lr * eta.
 
     Shares are normalised over all tensors that require a gradient at that step, whether or not they got one:
     sum(share * uses * slices) = 1. Freezing or unfreezing some thus changes the steps of the others.
@@ -118,16 +117,12 @@ class AGD(ArchOptimizer):
         True
     """
 
-    eta: Tensor
-    gradient_summary: Tensor
-    skipped_steps: Tensor
-
     def __init__(
         self,
         params: Params,
         *,
         gain: float = 1.0,
-        roles: Mapping[str, str] | None = None,
+        roles: Overrides | None = None,
         error_if_nonfinite: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -156,11 +151,29 @@ class AGD(ArchOptimizer):
         self._reset_report()
 
     def _reset_report(self) -> None:
-        params = (param for group in self.param_groups for param in group["params"])
-        device = next((param.device for param in params), torch.device("cpu"))
-        self.eta = torch.full((), float("nan"), dtype=scalar_dtype(device), device=device)
-        self.gradient_summary = self.eta.clone()
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        device = self._home()
+        self._eta = torch.full((), float("nan"), dtype=scalar_dtype(device), device=device)
+        self._gradient_summary = self._eta.clone()
+        self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _home(self) -> torch.device:
+        params = [param for group in self.param_groups for param in group["params"]]
+        return params[0].device if params else torch.device("cpu")
+
+    @property
+    def eta(self) -> Tensor:
+        """The automatic step size of the last step, without gain and lr; 0-d."""
+        return self._eta.clone()
+
+    @property
+    def gradient_summary(self) -> Tensor:
+        """G of the last step; 0-d."""
+        return self._gradient_summary.clone()
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were void since construction or loading, their gradients not finite; 0-d."""
+        return self._skipped_steps.clone()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "gain"):
@@ -180,12 +193,12 @@ class AGD(ArchOptimizer):
         for group, params in groups:
             params = [param for param in params if param.grad is not None]
             rate = _scalar(group["lr"]) * _scalar(group["gain"]) * (-1.0 if group["maximize"] else 1.0)
-            blocks = batched if takes_foreach(group, params) else plain
+            blocks = batched if takes_foreach(group) else plain
             for param in params:
                 assert param.grad is not None
                 parts = oracles.parts_of(param.shape, group)
                 reach = group["share"] / total * oracles.radius_of(param.shape, group) * parts.length
-                weight, grad = as_rows(param, parts.split), as_rows(param.grad, parts.split)
+                weight, grad = parts.view(param), parts.view(param.grad)
                 blocks.append(Block(weight, grad, parts.dims, reach, rate))
         return plain, batched
 
@@ -193,18 +206,20 @@ class AGD(ArchOptimizer):
         plain, batched = self._blocks()
         plain_terms, plain_moves = _single_tensor_agd(plain)
         batched_terms, batched_moves = _foreach_agd(batched)
-        terms = plain_terms + batched_terms or [torch.zeros_like(self.eta)]
-        home = terms[0].device
-        summary = torch.stack([term.to(home) for term in terms]).sum()
+        terms = plain_terms + batched_terms
+        home = self._home()
+        if self._eta.device != home:  # the model was moved
+            self._reset_report()
+        summary = torch.stack([term.to(home) for term in terms] or [torch.zeros_like(self._eta)]).sum()
         finite = torch.isfinite(summary)
         if any(group["error_if_nonfinite"] for group in self.param_groups) and not bool(finite):
             raise RuntimeError(self._nonfinite_message())
         eta = torch.where(finite, agd_step_size(summary), 0.0)
         for move in plain_moves + batched_moves:
             move(eta)
-        self.eta, self.gradient_summary = eta, summary
-        self.skipped_steps = self.skipped_steps.to(home)  # the same tensor unless the model was moved
-        self.skipped_steps += ~finite
+        self._eta.copy_(eta)
+        self._gradient_summary.copy_(summary)
+        self._skipped_steps += ~finite
 
     def _nonfinite_message(self) -> str:
         for index, group in enumerate(self.param_groups):
