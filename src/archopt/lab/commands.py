@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -234,7 +235,7 @@ def compare_command(args: list[str]) -> int:
     asked = options.parse(Compare, args, prog="archopt compare", description=COMPARE_HELP)
     if not asked.workloads:
         raise LabError("archopt compare needs a workload: names from `archopt list` or files, ./mine.py")
-    return _compare(plan(asked, f"archopt compare {' '.join(args)}"))
+    return _compare(plan(asked, shlex.join(["archopt", "compare", *args])))
 
 
 def plan(asked: Compare, command: str) -> "Plan":
