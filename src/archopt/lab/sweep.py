@@ -131,7 +131,7 @@ def rates(asked: Rates, choice: Choice, experiment: Experiment) -> list[float | 
         return [default]
     grid = experiment.workload.lrs if asked == "grid" else [check_lr(choice.entry, lr) for lr in asked]
     tried = {float(lr) for lr in grid if isinstance(lr, int | float)}
-    return list(sorted(tried if default is None else tried | {default}))
+    return sorted(tried if default is None else tried | {default})
 
 
 def check_choice(experiment: Experiment, choice: Choice, lrs: Sequence[float | None]) -> str | None:
