@@ -56,7 +56,7 @@ class Configuration:
     option: str = "lr"
     """An option of the rule, to misspell."""
     out_of_range: tuple[tuple[str, Any], ...] = ()
-    """Options and values that the rule must refuse."""
+    """Options and values that the rule must refuse; of a tuple, the last entry is the bad one."""
     exempt: Mapping[str, str] = field(default_factory=dict)
     """Pattern of a case (`behaviour`, or `behaviour/form/variant`) -> why the rule breaks this promise."""
 
@@ -150,7 +150,7 @@ AGD = (
 # -- Lamb and Madam ----------------------------------------------------------------------------------------
 
 LAMB_REFUSES = (
-    ("betas", (1.0, 0.999)),
+    ("betas", (0.9, 1.0)),
     ("betas", (0.9, -0.5)),
     ("eps", -1e-8),
     ("weight_decay", -0.1),
@@ -204,6 +204,8 @@ MADAM = (
 # -- torch's own, as controls ------------------------------------------------------------------------------
 
 CASTS = "torch keeps state in the type of the weights"
+CHECKS_LITTLE = "torch checks the constructor's own options alone, and quotes no nearest name"
+NEGATIVE_ZERO = "torch's -0.0 - lr * 0.0 is 0.0: a weight of -0.0 loses its sign"
 TORCH_BREAKS = {
     "older_state_dict_lacking_an_option_loads": "torch knows defaults for a few options alone",
     "copying_leaves_the_original_alone": "torch's load_state_dict shares tensors with the state dict",
@@ -214,7 +216,26 @@ TORCH_BREAKS = {
     "everything_non_finite_changes_nothing": "torch lets NaN into the weights",
     "statistics_of_half_weights_are_float32": CASTS,
     "load_into_another_dtype_keeps_statistics": CASTS,
+    "zero_rate_keeps_bits": NEGATIVE_ZERO,
+    "bad_rate_is_refused": "torch's message does not name the option; strings and infinity are not looked for",
+    "bad_rate_in_a_group_is_refused": CHECKS_LITTLE,
+    "unknown_option_is_refused_with_the_nearest": CHECKS_LITTLE,
+    "unknown_group_option_is_refused": CHECKS_LITTLE,
+    "complex_parameter_is_refused": "torch takes complex weights, as pairs of real ones",
+    "meta_parameter_is_refused": "torch's rules do not read initial weights",
 }
+SGD_BREAKS = {
+    "zero_gradient_from_fresh_state_keeps_bits/*/True": NEGATIVE_ZERO,
+    "tiny_and_huge_gradients_stay_finite/*1e+*": "the step of SGD is as large as the gradient",
+    "tiny_and_huge_gradients_stay_finite/*10000.0": "the step of SGD is as large as the gradient",
+    "sparse_gradient_is_refused": "torch's SGD takes sparse gradients",
+}
+ADAM_BREAKS = {
+    "tensor_rate_equals_float_rate/foreach": "torch wants capturable=True beside a tensor rate and foreach",
+    "tiny_and_huge_gradients_stay_finite/*float16,*": "eps=1e-8 is 0 in float16",
+    "half_precision_follows_float32/*/float16": "eps=1e-8 is 0 in float16",
+}
+DECAYS = {"zero_gradient_from_fresh_state_keeps_bits": "weight decay moves weights without a gradient"}
 
 
 def torch_rule(label: str, rule: Callable[..., Optimizer], **known: Any) -> Configuration:
@@ -229,38 +250,68 @@ def torch_rule(label: str, rule: Callable[..., Optimizer], **known: Any) -> Conf
 
 
 CONTROLS = (
-    torch_rule("torch-sgd", torch.optim.SGD, options={"lr": 0.05, "momentum": 0.9}),
-    torch_rule("torch-adamw", torch.optim.AdamW, main=True, options={"lr": 0.01}),
+    torch_rule("torch-sgd", torch.optim.SGD, options={"lr": 0.05, "momentum": 0.9}, exempt=SGD_BREAKS),
+    torch_rule("torch-adamw", torch.optim.AdamW, main=True, exempt=ADAM_BREAKS | DECAYS),
 )
 if hasattr(torch.optim, "Muon"):  # from torch 2.9
+    MUON_BREAKS = {"empty_tensors_are_left_alone": "torch's Muon divides by the number of rows"} | DECAYS
     CONTROLS += (
-        torch_rule("torch-muon", torch.optim.Muon, dims=MATRICES, forms=("default",), maximizes=False),
+        torch_rule(
+            "torch-muon",
+            torch.optim.Muon,
+            dims=MATRICES,
+            forms=("default",),
+            maximizes=False,
+            exempt=MUON_BREAKS,
+        ),
     )
 
 # -- any optimiser, constrained ----------------------------------------------------------------------------
 
 
-def constrained(rule: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+def constrained(rule: Callable[..., Optimizer], **constraint: bool) -> Callable[..., Optimizer]:
     """A factory of `rule`, constrained as it is built."""
 
     @functools.wraps(rule)
     def make(params: Any, **options: Any) -> Optimizer:
-        return archopt.constrain(rule(params, **options))
+        return archopt.constrain(rule(params, **options), **constraint)
 
     return make
 
 
-def constrain(configuration: Configuration, label: str, *, main: bool = False) -> Configuration:
+PROJECTS_ALL = (
+    "the first step that moves a tensor projects all its rows, as published: it starts from raw weights"
+)
+CONSTRAINED_BREAKS = {
+    "rows_with_zero_gradient_keep_bits": PROJECTS_ALL,
+    "padding_row_keeps_bits": PROJECTS_ALL,
+}
+
+
+def constrain(
+    configuration: Configuration, label: str, *, main: bool = False, **options: bool
+) -> Configuration:
+    """A configuration whose optimiser is constrained; memoryless ones project rows at their first step."""
+    breaks = CONSTRAINED_BREAKS if configuration.memoryless and not options.get("project_now") else {}
     return replace(
-        configuration, label=label, rule=constrained(configuration.rule), unit_norm=True, main=main
+        configuration,
+        label=label,
+        rule=constrained(configuration.rule, **options),
+        unit_norm=options.get("unit_norm", True),
+        main=main,
+        exempt=configuration.exempt | breaks,
     )
 
 
+ADAM = torch_rule("torch-adam", torch.optim.Adam, options={"lr": 0.01}, exempt=ADAM_BREAKS)
 CONSTRAINED = (
-    constrain(LAMB[1], "lamb-constrained"),
-    constrain(MADAM[0], "madam-constrained"),
+    constrain(ADAM, "adam-constrained", main=True),
     constrain(CONTROLS[0], "sgd-constrained"),
-    constrain(torch_rule("", torch.optim.Adam, options={"lr": 0.01}), "adam-constrained", main=True),
+    constrain(CONTROLS[0], "sgd-centred", unit_norm=False),
+    constrain(LAMB[1], "lamb-constrained"),
+    constrain(LAMB[1], "lamb-projected", project_now=True),
+    constrain(MADAM[0], "madam-constrained"),
+    constrain(MADAM[0], "madam-normed", zero_mean=False, project_now=True),
 )
 
 CONFIGURATIONS: tuple[Configuration, ...] = (*NERO, *AGD, *LAMB, *MADAM, *CONSTRAINED, *CONTROLS)

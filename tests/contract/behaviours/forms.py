@@ -186,6 +186,7 @@ class PretendedAccelerator(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.building = True  # a constructor may read what it likes, once
 
     def note(self, name: str, source: Tensor, target: torch.device, non_blocking: bool) -> None:
         if source.device.type != target.type and not (non_blocking and target.type != "cpu"):
@@ -202,6 +203,8 @@ class PretendedAccelerator(TorchFunctionMode):
             if device is not None and device.type != args[0].device.type:
                 self.note("to", args[0], device, non_blocking)
                 return torch.empty(args[0].shape, dtype=dtype or args[0].dtype, device=device)
+        if func in (Tensor.__float__, Tensor.item) and self.building:
+            return 1.0
         if func is Tensor.__invert__:
             return torch.bitwise_not(args[0])
         if func in (Tensor.nonzero, torch.nonzero, torch.masked_select, Tensor.masked_select):
@@ -218,6 +221,7 @@ def step_runs_on_a_pretended_accelerator(make: Any) -> None:
             for name, param in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(torch.empty(param.shape, device="cuda")))
         optimizer = make(model)
+        device.building = False
         for t in range(3):
             for param in model.parameters():
                 param.grad = torch.empty_like(param)

@@ -46,6 +46,19 @@ def named_tensors(**tensors: Tensor) -> nn.Module:
     return module
 
 
+def layer_with(weight: Tensor) -> nn.Module:
+    """The layer of torch.nn that has such a weight, without bias; a bare parameter where there is none."""
+    if weight.dim() not in (2, 3, 4, 5):
+        return named_tensors(weight=weight)
+    if weight.dim() == 2:
+        layer: nn.Module = nn.Linear(1, 1, bias=False)
+    else:
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[weight.dim() - 3]
+        layer = kind(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=False)
+    layer.weight = nn.Parameter(weight)
+    return layer
+
+
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers, the same for every call with the same seed and shape."""
     generator = torch.Generator().manual_seed(seed)
