@@ -244,10 +244,12 @@ def test_version_and_empty_command_line(capsys):
     assert main([]) == BAD_INPUT
 
 
-def archopt(*args: str, folder: Path, **options) -> subprocess.Popen:
+def archopt(*args: str, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "archopt.lab", *args]
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    environment = {**os.environ, "PYTHONPATH": paths}
     return subprocess.Popen(
-        command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 

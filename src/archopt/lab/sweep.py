@@ -30,7 +30,6 @@ from archopt.lab.record import (
     FORMAT,
     RunFolder,
     explained,
-    read_json,
     run_path,
     stored_result,
     write_json,
@@ -131,7 +130,7 @@ def rates(asked: Rates, choice: Choice, experiment: Experiment) -> list[float | 
         return [default]
     grid = experiment.workload.lrs if asked == "grid" else [check_lr(choice.entry, lr) for lr in asked]
     tried = {float(lr) for lr in grid if isinstance(lr, int | float)}
-    return list(sorted(tried if default is None else tried | {default}))
+    return sorted(tried if default is None else tried | {default})
 
 
 def check_choice(experiment: Experiment, choice: Choice, lrs: Sequence[float | None]) -> str | None:
@@ -155,27 +154,30 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
     choices = _distinct("optimiser", [parse_optimizer(text) for text in plan.optimizers])
     device = parse_device(plan.settings.device)
     specs: list[RunSpec] = []
-    described: list[dict[str, Any]] = []
-    published: dict[str, dict[str, float]] = {choice.label: {} for choice in choices}
+    workloads: list[dict[str, Any]] = []
+    optimizers = {choice.label: _describe_optimizer(choice) for choice in choices}
     refused: dict[str, list[str]] = {choice.label: [] for choice in choices}
     for workload in plan.workloads:
         experiment = open_experiment(workload, plan.data, torch.device("cpu"))
-        if any(known["folder"] == experiment.folder for known in described):
+        if any(known["folder"] == experiment.folder for known in workloads):
             raise LabError(f"workload {workload.name!r} is given twice; name each once")
-        described.append(_describe(experiment))
+        workloads.append(_describe(experiment))
+        name, settings = experiment.workload.name, experiment.workload.settings
         for choice in choices:
             lrs = rates(plan.lrs, choice, experiment)
             if reason := check_choice(experiment, choice, lrs):
                 refused[choice.label].append(reason)
-            if (lr := choice.published_lr(experiment.workload.settings)) is not None:
-                published[choice.label][experiment.workload.name] = lr
+            told = optimizers[choice.label]
+            told["lrs"][name] = [lr for lr in lrs if lr is not None]
+            if (lr := choice.published_lr(settings)) is not None:
+                told["published_lr"][name] = lr
             specs += _specs(plan, workload, experiment, choice, lrs, device)
     for reasons in refused.values():
         if len(reasons) == len(plan.workloads):
             raise LabError(reasons[0])
     for spec in specs:
         stored_result(spec.path, spec.config)  # refuses a folder that holds a different run
-    _write_comparison(plan, described, choices, published)
+    _write_comparison(plan, workloads, optimizers)
     return sorted(specs, key=lambda spec: plan.seeds.index(spec.seed))
 
 
@@ -211,6 +213,17 @@ def _specs(
             )
 
 
+def _describe_optimizer(choice: Choice) -> dict[str, Any]:
+    return {
+        "label": choice.label,
+        "name": choice.entry.name,
+        "default_lr": choice.default_lr,
+        "rate": choice.entry.rate,
+        "published_lr": {},
+        "lrs": {},
+    }
+
+
 def _describe(experiment: Experiment) -> dict[str, Any]:
     workload = experiment.workload
     return {
@@ -224,45 +237,20 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
 
 
 def _write_comparison(
-    plan: Plan,
-    workloads: list[dict[str, Any]],
-    choices: list[Choice],
-    published: Mapping[str, Mapping[str, float]],
+    plan: Plan, workloads: list[dict[str, Any]], optimizers: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Writes `comparison.json`. What an earlier comparison put into the same folder stays part of it."""
-    path = plan.out / COMPARISON
+    """Writes `comparison.json`: what this command asks for, whatever else the folder holds."""
     with explained(plan.out):
         plan.out.mkdir(parents=True, exist_ok=True)
-    before = read_json(path) if path.exists() else {}
-    optimizers: list[dict[str, Any]] = [
-        {
-            "label": choice.label,
-            "name": choice.entry.name,
-            "default_lr": choice.default_lr,
-            "rate": choice.entry.rate,
-            "published_lr": dict(published[choice.label]),
-        }
-        for choice in choices
-    ]
-    for entry in optimizers:
-        for old in before.get("optimizers", []):
-            if old["label"] == entry["label"]:
-                entry["published_lr"] = {**old["published_lr"], **entry["published_lr"]}
-    lrs: Any = plan.lrs if isinstance(plan.lrs, str) else [float(lr) for lr in plan.lrs]
     content = {
         "format": FORMAT,
         "command": plan.command,
-        "workloads": _joined(before.get("workloads", []), workloads, "folder"),
-        "optimizers": _joined(before.get("optimizers", []), optimizers, "label"),
-        "lrs": lrs,
-        "seeds": sorted({*before.get("seeds", []), *plan.seeds}),
+        "workloads": workloads,
+        "optimizers": list(optimizers.values()),
+        "lrs": plan.lrs,
+        "seeds": list(plan.seeds),
     }
-    write_json(path, content)
-
-
-def _joined(before: list[dict[str, Any]], now: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    fresh = {entry[key] for entry in now}
-    return [entry for entry in before if entry[key] not in fresh] + now
+    write_json(plan.out / COMPARISON, content)
 
 
 def parse_device(text: str) -> torch.device:
