@@ -1,4 +1,4 @@
-"""Invented records of a comparison, in the files and with the keys that the runner writes. For the report's tests."""
+"""Invented records of a comparison, in the runner's files and with its keys. For the report's tests."""
 
 import json
 import math

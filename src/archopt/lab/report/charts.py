@@ -38,7 +38,9 @@ from archopt.lab.report.style import CROSS, Axis, Style, choose_axis, log_ticks
 MOST_POINTS = 200
 """A line is drawn through no more evaluations than these, evenly chosen, the last among them."""
 AUTOMATIC = {"eta": "automatic step size η", "theta": "automatic angle θ (radians)"}
-"""Step sizes that a rule chooses itself, by their key in the records."""
+"""Step sizes that a rule chooses itself, by the last part of their key in the records."""
+
+EVERYTHING = "all workloads"
 
 Styles = dict[str, Style]
 T = TypeVar("T")
@@ -100,7 +102,8 @@ def learning_curves(summary: Summary, styles: Styles, *, best: bool) -> Figure |
     which = "at the best learning rate" if best else "at the default learning rate"
     return Figure(
         name=f"{summary.workload.folder}-curves-{'best' if best else 'default'}",
-        title=f"{summary.workload.title}: learning curves {which}",
+        subject=summary.workload.title,
+        title=f"learning curves {which}",
         caption="Line: mean over the seeds that finished; band: their range. Thin lines: single runs that diverged "
         "or failed (× where they end) or have not finished yet. Seconds are training alone, without evaluation."
         + (SPACED if logarithmic else ""),
@@ -240,7 +243,8 @@ def sensitivity(summary: Summary, styles: Styles) -> Figure | None:
         _draw_strip(panel, axis, plain.worst)
     return Figure(
         name=f"{summary.workload.folder}-sensitivity",
-        title=f"{summary.workload.title}: final {metric.name} against the learning rate",
+        subject=summary.workload.title,
+        title=f"final {metric.name} against the learning rate",
         caption="Mean and range over the seeds that finished; a ring marks the default rate; level lines are rules "
         "without a rate; × marks rates at which a run diverged or failed, and a hollow marker there is the mean of "
         "the other seeds." + (SPACED if axis.kind == "error" else ""),
@@ -265,7 +269,7 @@ def _draw_sensitivity(
     tips = [alt.Tooltip("setting:N"), alt.Tooltip("final:N")]
     level, line = panel.of(levels), panel.of(points)
     marked = {"x": x, "y": y, "color": panel.color, "tooltip": tips}
-    panel.layers += [
+    panel.add(
         level.mark_rect(fillOpacity=0.12).encode(y=low, y2="high:Q", fill=panel.fill),
         line.mark_area(fillOpacity=0.12).encode(x=x, y=low, y2="high:Q", fill=panel.fill),
         level.mark_rule(strokeWidth=2).encode(y=y, color=panel.color, strokeDash=panel.dash, tooltip=tips),
@@ -280,7 +284,7 @@ def _draw_sensitivity(
         .mark_point(size=45, opacity=1)
         .encode(**marked, shape=panel.shape),
         panel.of(crosses).mark_point(shape=CROSS, size=32, strokeWidth=2, opacity=1).encode(**marked),
-    ]
+    )
 
 
 def _draw_strip(panel: Panel, axis: Axis, border: float) -> None:
@@ -288,10 +292,10 @@ def _draw_strip(panel: Panel, axis: Axis, border: float) -> None:
     edge = panel.of([{"y": axis.plotted(border)}])
     below = axis.low_is_worse
     words = {"align": "left", "baseline": "top" if below else "bottom", "dx": 4, "dy": 4 if below else -4}
-    panel.layers += [
+    panel.add(
         edge.mark_rule(strokeWidth=0.75).encode(y=vertical(axis)),
         edge.mark_text(**words).encode(x=alt.value(0), y=vertical(axis), text=alt.value("did not finish")),
-    ]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ time to target
@@ -313,7 +317,8 @@ def time_to_target(summary: Summary, styles: Styles) -> Figure | None:
     share = f"{100 * TARGET_SHARE:.0f} % of the way from the value before training to the best final mean"
     return Figure(
         name=f"{summary.workload.folder}-target",
-        title=f"{summary.workload.title}: time until {metric.name} is {text.value(metric, summary.target)}",
+        subject=summary.workload.title,
+        title=f"time until {metric.name} is {text.value(metric, summary.target)}",
         caption=f"Target: {'as asked for' if summary.target_given else share}. Bar: median over all seeds, where "
         "one that never got there counts as later than any; marker: one seed. Read off at the evaluations, so no "
         "finer than the time between two of them.",
@@ -323,6 +328,7 @@ def time_to_target(summary: Summary, styles: Styles) -> Figure | None:
 
 def _settings(row: Row) -> list[tuple[str, Cell, Reached]]:
     """The settings of an optimiser worth a bar: its best rate and its default, once where they are the same."""
+    both: list[tuple[str, Cell | None, Reached | None]]
     if row.best is not None and row.best is row.default:
         both = [("" if row.best.lr is None else " (best, default)", row.best, row.reached_best)]
     else:
@@ -350,13 +356,18 @@ def _target_bar(row: Row, cell: Cell, when: Reached, note: str, *, seconds: bool
 def automatic_steps(summary: Summary, styles: Styles) -> Figure | None:
     """The step sizes that rules without a rate chose, over training."""
     panels = []
-    for key, title in AUTOMATIC.items():
+    found = {
+        key for row in summary.rows for run in row.runs for point in run.points for key in point.optimizer
+    }
+    for key in sorted(found):
+        *model, quantity = key.split("/")  # "generator/eta" where several models have an optimiser each
+        if quantity not in AUTOMATIC:
+            continue
         value = _automatic_value(key)
         cells = {
-            row.optimizer.label: row.cells[0] if row.best is None else row.best
-            for row in summary.rows
-            if _numbers(row.runs, value)
+            row.optimizer.label: row.best or row.cells[0] for row in summary.rows if _numbers(row.runs, value)
         }
+        title = " ".join([*model, AUTOMATIC[quantity]])
         axis = choose_axis(title, _numbers([run for cell in cells.values() for run in cell.runs], value))
         if axis is not None:
             panels.append(_curves(Panel(styles), cells, value, axis, seconds=False))
@@ -364,7 +375,8 @@ def automatic_steps(summary: Summary, styles: Styles) -> Figure | None:
         return None
     return Figure(
         name=f"{summary.workload.folder}-automatic-step",
-        title=f"{summary.workload.title}: the step size that the rule chose itself",
+        subject=summary.workload.title,
+        title="the step size that the rule chose itself",
         caption="Line: mean over the seeds that finished; band: their range.",
         panels=tuple(panels),
     )
@@ -389,7 +401,8 @@ def profile(summaries: Sequence[Summary], styles: Styles) -> Figure | None:
     ]
     return Figure(
         name="profile",
-        title="Performance profile: share of the workloads solved within a multiple of the fastest time",
+        subject=EVERYTHING,
+        title="performance profile, the share of the workloads solved within a multiple of the fastest time",
         caption="Solved: the median over the seeds reaches the workload's target. A line's height at 1× is the "
         "share of the workloads on which the optimiser was the fastest; its height at the right is the share that "
         "it solved at all.",
@@ -414,7 +427,7 @@ def _profile_panel(panel: Panel, made: Sequence[Profile]) -> Panel:
             labelExpr="format(datum.value, '~g') + '×'",
         ),
     )
-    panel.layers.append(
+    panel.add(
         panel.of(steps)
         .mark_line(strokeWidth=2, interpolate="step-after")
         .encode(x=x, y=vertical(axis), color=panel.color, strokeDash=panel.dash)
@@ -440,7 +453,8 @@ def regrets(summaries: Sequence[Summary], styles: Styles) -> Figure | None:
         return None
     return Figure(
         name="regret",
-        title="Regret of the default: what not tuning costs",
+        subject=EVERYTHING,
+        title="regret of the default, or what not tuning costs",
         caption="The best final mean of any optimiser at any rate tried, minus the optimiser's own at its default "
         "(turned so that more is worse).",
         panels=tuple(panels),

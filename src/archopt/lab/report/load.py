@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from archopt.lab.errors import LabError
+
 Status = Literal["finished", "diverged", "failed", "unfinished", "missing"]
 """The first three are the runner's own words; "unfinished" has begun and holds no result yet."""
 
@@ -19,7 +21,7 @@ FORMAT = 1
 """The format of the records that this code reads."""
 
 
-class ReportError(Exception):
+class ReportError(LabError):
     """A folder or a record that cannot be reported on; the message is one line and names the file."""
 
 
@@ -60,6 +62,8 @@ class Optimizer:
     default_lr: float | None
     rate: bool
     published_lr: Mapping[str, float] = field(default_factory=dict)
+    lrs: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """The learning rates that were asked for, by workload, where the comparison says so for each optimiser."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,8 @@ class Comparison:
     workloads: tuple[Workload, ...]
     optimizers: tuple[Optimizer, ...]
     seeds: tuple[int, ...]
-    published: bool
-    """The learning rates were the published ones, not a grid."""
+    lrs: Any
+    """What was asked for: "grid", "published", "default" or a list; None where there is no `comparison.json`."""
     written: float
     """When the newest of its records was written, in seconds since 1970."""
 
@@ -160,7 +164,7 @@ def load(folder: Path) -> Comparison:
         workloads=workloads,
         optimizers=optimizers,
         seeds=seeds,
-        published=lrs == "published",
+        lrs=lrs,
         written=max(path.stat().st_mtime for run in written for path in run.glob("*.json*")),
     )
 
@@ -173,6 +177,7 @@ def _optimizer(entry: Any, path: Path) -> Optimizer:
         default_lr=finite(entry.get("default_lr")),
         rate=bool(entry.get("rate", True)),
         published_lr=entry.get("published_lr") or {},
+        lrs=entry.get("lrs") or {},
     )
 
 
@@ -210,18 +215,14 @@ Key = tuple[str, float | None, int]
 
 
 def _rates(optimizer: Optimizer, workload: str, lrs: Any, found: Iterable[Key]) -> list[float | None]:
-    """The learning rates at which runs are expected: those asked for, and the default where it was run too."""
+    """The learning rates at which runs are expected: those asked for, and those at which there are runs."""
     if not optimizer.rate:
         return [None]
-    if isinstance(lrs, dict):
-        lrs = lrs.get(workload, [])
-    if isinstance(lrs, str):
-        published = optimizer.published_lr.get(workload, optimizer.default_lr)
-        lrs = [published] if published is not None else []
-    rates: set[float | None] = {float(lr) for lr in lrs}
-    if any(label == optimizer.label and lr == optimizer.default_lr for label, lr, _ in found):
-        rates.add(optimizer.default_lr)
-    return sorted(rates, key=lambda lr: lr or 0.0)
+    asked = optimizer.lrs.get(workload)
+    if asked is None:
+        asked = [lr for lr in lrs if finite(lr) is not None] if isinstance(lrs, list) else []
+    there = {lr for label, lr, _ in found if label == optimizer.label}
+    return sorted({*map(float, asked), *there}, key=lambda lr: lr or 0.0)
 
 
 def _read_runs(root: Path, folder: Path) -> dict[Key, Run]:

@@ -18,11 +18,13 @@ FILE_WIDTH = 400
 TIE = 10
 """Between the plot's right edge and the labels, in pixels."""
 EDGE = {"value": {"expr": f"width + {TIE}"}}
+SCHEMA = {"$schema": alt.SCHEMA_URL}
 PLAIN = "format(datum.value, datum.value < 1000 ? '~g' : '~s')"
 """How ticks are written. (A plain format would be given the ticks' own precision: 1e+2.)"""
 LABEL_PIXELS = 12.5
 """The least distance of direct labels."""
 
+Spec = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 
@@ -40,28 +42,37 @@ class Label:
 class Panel:
     """One plot, still without a width: the page fits it to its column, the files give it a fixed one.
 
-    The layers name their tables, which are kept beside them: altair copies all it is given, over and over.
+    Layers and tables are kept as plain dictionaries, put together only in the end: altair copies whatever it is
+    given at every step, which for all the pictures of a page takes longer than to draw them.
     """
 
     styles: dict[str, Style]
     height: int = HEIGHT
     title: str = ""
-    layers: list[Any] = field(default_factory=list)
-    hover: list[Any] = field(default_factory=list)
+    layers: list[Spec] = field(default_factory=list)
+    hover: list[Spec] = field(default_factory=list)
     """Invisible marks that carry the numbers to read under the pointer: for the page alone."""
     tables: dict[str, Rows] = field(default_factory=dict)
 
     def of(self, rows: Iterable[dict[str, Any]]) -> Any:
         """A chart of a table of this panel, still without a mark."""
-        table = list(rows)
+        table = [{key: _short(value) for key, value in row.items()} for row in rows]
         name = f"table-{zlib.crc32(json.dumps(table).encode()):08x}"
         self.tables[name] = table
         return alt.Chart(alt.NamedData(name=name))
 
-    def chart(self, width: int | str) -> Any:
-        layers = [*self.layers, *self.hover] if width == "container" else self.layers
-        chart = alt.layer(*layers).properties(width=width, height=self.height)
-        return chart.properties(title=self.title) if self.title else chart
+    def add(self, *charts: Any) -> None:
+        """Puts charts, with their marks and encodings, on top of the layers that there are."""
+        self.layers += map(_plain, charts)
+
+    def add_hover(self, chart: Any) -> None:
+        """Adds a chart of invisible marks to read numbers off."""
+        self.hover.append(_plain(chart))
+
+    def spec(self, layers: Sequence[Spec], width: int | str) -> Spec:
+        """The Vega-Lite specification of some layers, without tables."""
+        title = {"title": self.title} if self.title else {}
+        return {**title, "width": width, "height": self.height, "layer": list(layers)}
 
     @property
     def color(self) -> Any:
@@ -100,14 +111,25 @@ class Panel:
             if label.x is not None:
                 end = axis.plotted(axis.clamp(label.y))
                 ties.append({"optimiser": label.optimizer, "x": label.x, "y": end, "y2": y})
-        self.layers += [
+        self.add(
             self.of(ties)
             .mark_rule(strokeWidth=1, strokeOpacity=0.45)
             .encode(x="x:Q", x2=EDGE, y=vertical(axis), y2="y2:Q", color=self.color),
             self.of(names)
             .mark_text(align="left", baseline="middle", dx=3)
             .encode(x=EDGE, y=vertical(axis), text="label:N", color=self.color),
-        ]
+        )
+
+
+def _short(value: Any) -> Any:
+    """Numbers with as many figures as a picture can show, which halves the page."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _plain(chart: Any) -> Spec:
+    """A chart's mark, encoding and table, as a layer has them."""
+    spec: Spec = chart.to_dict()
+    return {key: spec[key] for key in ("data", "mark", "encoding")}
 
 
 def vertical(axis: Axis, name: str = "y") -> Any:
@@ -120,31 +142,43 @@ class Figure:
     """A picture with its explanation."""
 
     name: str
+    subject: str
+    """What it is about: a workload, or all of them."""
     title: str
     caption: str
     panels: tuple[Panel, ...]
 
-    def page_specs(self) -> list[dict[str, Any]]:
+    def page_specs(self) -> list[Spec]:
         """One Vega-Lite specification a panel, as wide as the element that it is put into."""
-        fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+        fit = {"autosize": {"type": "fit-x", "contains": "padding"}}
         return [
-            {**panel.chart("container").properties(autosize=fit).to_dict(), "datasets": panel.tables}
+            {
+                **SCHEMA,
+                **fit,
+                **panel.spec([*panel.layers, *panel.hover], "container"),
+                "datasets": panel.tables,
+            }
             for panel in self.panels
         ]
 
-    def file_spec(self, note: str) -> dict[str, Any]:
+    def file_spec(self, note: str) -> Spec:
         """All panels in one specification of fixed size, two a row; the caption and the note under the title."""
         columns = min(len(self.panels), 2)
         width = FILE_WIDTH * 3 // 2 if columns == 1 else FILE_WIDTH
-        chart = alt.concat(*[panel.chart(width) for panel in self.panels], columns=columns)
-        lines = [
-            line for part in (self.caption, note) for line in textwrap.wrap(part, 110 if columns == 1 else 170)
-        ]
-        spec = chart.properties(title=alt.TitleParams(self.title, subtitle=lines, offset=14)).to_dict()
+        wide = 110 if columns == 1 else 170
+        lines = [line for part in (self.caption, note) for line in textwrap.wrap(part, wide)]
+        made = json.dumps([panel.spec(panel.layers, width) for panel in self.panels])
         # In a concatenation the expression `width` is not the panel's own, so the number takes its place.
-        fixed = json.dumps(spec).replace(json.dumps(EDGE), json.dumps({"value": width + TIE}))
-        tables = {name: rows for panel in self.panels for name, rows in panel.tables.items()}
-        return {**json.loads(fixed), "datasets": tables, "config": config(dark=False), "padding": 16}
+        made = made.replace(json.dumps(EDGE), json.dumps({"value": width + TIE}))
+        return {
+            **SCHEMA,
+            "config": config(dark=False),
+            "padding": 16,
+            "title": {"text": f"{self.subject}: {self.title}", "subtitle": lines, "offset": 14},
+            "columns": columns,
+            "concat": json.loads(made),
+            "datasets": {name: rows for panel in self.panels for name, rows in panel.tables.items()},
+        }
 
 
 # ------------------------------------------------------------------------------------------- the panel of curves
@@ -212,7 +246,7 @@ def curves(panel: Panel, lines: Sequence[Line], axis: Axis, x_title: str) -> Pan
     y = vertical(axis)
     notes = [key for line in lines for sample in line.samples[:1] for key in sample.note]
     tips = [alt.Tooltip(f"{key}:N") for key in dict.fromkeys(notes)]
-    panel.layers += [
+    panel.add(
         panel.of(means)
         .mark_area(fillOpacity=0.14)
         .encode(x=x, y=vertical(axis, "low"), y2="high:Q", fill=panel.fill),
@@ -223,8 +257,8 @@ def curves(panel: Panel, lines: Sequence[Line], axis: Axis, x_title: str) -> Pan
         panel.of(ends)
         .mark_point(shape=CROSS, size=45, strokeWidth=2, opacity=1)
         .encode(x=x, y=y, color=panel.color, tooltip="run:N"),
-    ]
-    panel.hover.append(panel.of(means).mark_circle(size=90, fillOpacity=0).encode(x=x, y=y, tooltip=tips))
+    )
+    panel.add_hover(panel.of(means).mark_circle(size=90, fillOpacity=0).encode(x=x, y=y, tooltip=tips))
     panel.label(labels, axis)
     return panel
 
@@ -270,11 +304,13 @@ def bars(panel: Panel, made: Sequence[Bar], x_title: str) -> Panel:
     )
     chart = panel.of(rows)
     panel.height = max(18 * len(made), 40)
-    panel.layers += [
+    panel.add(
         chart.mark_bar(cornerRadiusEnd=2).encode(
             x=x, y=y, fill=panel.fill, fillOpacity=alt.FillOpacity("strength:Q", scale=None, legend=None)
         ),
-        panel.of(dots).mark_point(size=30, opacity=1).encode(x=x, y=y, fill=panel.fill, shape=panel.shape),
+        panel.of(dots)
+        .mark_point(size=30, opacity=1, filled=True)
+        .encode(x=x, y=y, color=panel.color, shape=panel.shape),
         chart.mark_text(align="left", baseline="middle", dx=9).encode(x="end:Q", y=y, text="label:N"),
-    ]
+    )
     return panel

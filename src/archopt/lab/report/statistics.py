@@ -178,8 +178,8 @@ def _summarise(workload: Workload, optimizers: Sequence[Optimizer], given: float
     cells = {optimizer.label: _cells(workload, optimizer) for optimizer in optimizers}
     every = sorted((cell for group in cells.values() for cell in group), key=Cell.rank)
     best = every[0].final.mean if every and every[0].final else None
-    starts = [finite(run.points[0].eval.get(metric.key)) for run in workload.runs if run.points]
-    known = [value for value in starts if value is not None]
+    starts = [run.points[0].eval.get(metric.key) for run in workload.runs if run.points]
+    known = [value for start in starts if (value := finite(start)) is not None]
     initial = statistics.median(known) if known else None
     target = given
     if target is None and best is not None and initial is not None and metric.better(best, initial):
@@ -226,7 +226,7 @@ def _row(
         optimizer_share=_median(runs, "optimizer_share"),
         overhead_share=_median(runs, "overhead_share"),
         state_per_parameter=_state_per_parameter(runs),
-        peak_memory=_median(runs, "peak_memory_bytes"),
+        peak_memory=_median(runs, "peak_memory_bytes") or None,  # 0 where the system does not tell
     )
 
 

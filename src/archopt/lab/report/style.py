@@ -51,7 +51,7 @@ CROSS = "M-1,-1L1,1M-1,1L1,-1"
 
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """A style for every label. With more strange labels than styles some share one: the direct labels still tell."""
+    """A style for every label. Where there are more strange labels than styles, some share one."""
     chosen = {label: KNOWN[label] for label in labels if label in KNOWN}
     taken: set[int] = set()
     for label in sorted(set(labels) - set(chosen)):

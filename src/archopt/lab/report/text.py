@@ -10,7 +10,7 @@ NONE = "–"
 
 
 def rate(lr: float | None) -> str:
-    return "no rate" if lr is None else f"{lr:.3g}"
+    return NONE if lr is None else f"{lr:.3g}"
 
 
 def setting(label: str, lr: float | None) -> str:
@@ -31,11 +31,16 @@ def mean_and_sd(metric: Metric, spread: Spread | None) -> str:
     """Mean ± population sd over the seeds; the mean alone where there is one seed."""
     if spread is None:
         return NONE
-    mean = value(metric, spread.mean, unit=False)
     if spread.count < 2:
-        return mean
-    digits = f"{100 * spread.sd:.2f}" if metric.percent else f"{spread.sd:.2g}"
-    return f"{mean} ± {digits}"
+        return value(metric, spread.mean, unit=False)
+    if metric.percent:
+        return f"{100 * spread.mean:.2f} ± {100 * spread.sd:.2f}"
+    if spread.sd == 0:
+        return f"{spread.mean:.4g} ± 0"
+    decimals = 1 - math.floor(math.log10(spread.sd))
+    if not 0 <= decimals <= 6:
+        return f"{spread.mean:.4g} ± {spread.sd:.2g}"
+    return f"{spread.mean:.{decimals}f} ± {spread.sd:.{decimals}f}"
 
 
 def trouble(cell: Cell) -> str:
@@ -60,7 +65,7 @@ def reached(when: Reached | None, *, seconds: bool) -> str:
     numbers = when.seconds if seconds else when.steps
     middle = when.median(numbers)
     text = "never" if math.isinf(middle) else duration(middle) if seconds else f"{middle:,.0f}"
-    return text if len(numbers) == when.runs else f"{text} ({len(numbers)} of {when.runs})"
+    return text if len(numbers) == when.runs else f"{text} ({len(numbers)}/{when.runs})"
 
 
 def regret(metric: Metric, number: float | None) -> str:
