@@ -585,6 +585,7 @@ def test_parameters_without_two_dimensions_are_refused_and_the_remedy_named(shap
         ({"gain": -0.5}, ValueError, "gain=-0.5"),
         ({"gain": float("nan")}, ValueError, "gain=nan"),
         ({"gain": "10"}, TypeError, "gain='10'"),
+        ({"gain": torch.tensor(2.0)}, TypeError, "gain is a tensor"),
         ({"norm": "frobenus"}, ValueError, "did you mean 'frobenius'"),
         ({"share": 0}, ValueError, "share=0, expected share > 0"),
         ({"radius": -1.0}, ValueError, "radius=-1.0"),

@@ -252,9 +252,13 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     finite = torch.isfinite(peak.square())
     counts = finite & ((peak > 0) | (torch.stack([state["adam_norm"] for state in states]) > 0))
 
-    # Averaging a statistic with itself leaves its bits: that is how tensors that are not finite stand aside.
-    torch._foreach_lerp_(vs, choose(finite, torch._foreach_mul(grads, grads), vs), 1 - beta2)
-    torch._foreach_lerp_(ms, choose(finite, grads, ms), 1 - beta1)
+    # Tensors whose gradient is not finite stand aside: their gradient counts as 0, their statistics are averaged
+    # with weight 0, which leaves their bits.
+    grads = choose(finite, grads, [torch.zeros((), dtype=exact, device=finite.device)] * len(grads))
+    torch._foreach_lerp_(ms, grads, ((1 - beta1) * finite.to(exact)).unbind())
+    torch._foreach_mul_(grads, grads)
+    torch._foreach_lerp_(vs, grads, ((1 - beta2) * finite.to(exact)).unbind())
+    del grads
 
     firsts, seconds = ms, vs
     if group["bias_correction"]:
@@ -267,6 +271,7 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     if group["eps"] == 0:
         denominators = [_nonzero(denominator) for denominator in denominators]
     us = torch._foreach_div(firsts, denominators)
+    del denominators
     if group["weight_decay"]:
         torch._foreach_add_(us, weights, alpha=group["weight_decay"])
 
