@@ -74,7 +74,7 @@ BAD = [
     (["compare", "digits", "--jobs", "0"], "--jobs 0"),
     (["compare", "digits", "mnist-cwn", "--data", "nowhere"], "archopt data fetch mnist"),
     (["report"], "needs a folder"),
-    (["report", "nowhere"], "nowhere is not a comparison"),
+    (["report", "nowhere"], "nowhere: no such folder"),
     (["data"], "expected list, fetch or import"),
     (["data", "fetch"], "needs the name of a set"),
     (["data", "fetch", "mnits"], "no data set 'mnits'; did you mean 'mnist'"),

@@ -163,6 +163,8 @@ def _train(asked: Train, choice: "WorkloadChoice") -> int:
     metric = dataclasses.asdict(experiment.workload.metric)
     with RunProgress(console, title, metric) as progress, _stoppable(progress):
         result = train(experiment, optimizer, lr, asked.seed, settings, path, progress)
+    if not progress.begun and result["status"] != "failed":
+        console.print("the run has ended before; this is its record")
     if result["status"] == "failed":
         print(
             f"archopt: the run failed: {result['error']}; {path}/result.json has the traceback",
@@ -289,7 +291,7 @@ class Report:
     """Options of `archopt report`."""
 
     folder: Annotated[Positional[Path | None], arg(metavar="DIR")] = None
-    """The folder of a comparison: what `archopt compare` had as --out."""
+    """The folder of a comparison, or of runs: what `archopt compare` or `archopt train` had as --out."""
 
 
 def report_command(args: list[str]) -> int:
@@ -299,10 +301,8 @@ def report_command(args: list[str]) -> int:
     )
     folder = options.parse(Report, args, prog="archopt report", description=text).folder
     if folder is None:
-        raise LabError("archopt report needs a folder: the one that `archopt compare` had as --out")
-    if not (folder / "comparison.json").is_file():
         raise LabError(
-            f"{folder} is not a comparison (no comparison.json there); name the --out of a compare"
+            "archopt report needs a folder: what `archopt compare` or `archopt train` had as --out"
         )
     _show_report(folder, Console())
     return 0

@@ -97,6 +97,7 @@ class RunProgress(Watcher):
         self._progress = _bars(console)
         self._next = 0.0
         self._steps = 0
+        self.begun = False
         self.stop_requested = False
 
     def __enter__(self) -> Self:
@@ -110,6 +111,7 @@ class RunProgress(Watcher):
 
     def begin(self, step: int, steps: int) -> None:
         """Says where the run starts."""
+        self.begun = True
         if step:
             self._console.print(f"goes on from step {step:,}")
         self._steps = steps

@@ -108,7 +108,7 @@ class Outcome:
 # -- what there is to run ----------------------------------------------------------------------------------
 
 
-def rates(asked: Rates, choice: Choice, experiment: Experiment) -> list[float | None]:
+def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[float | None]:
     """The learning rates at which an optimiser is run on a workload.
 
     A rule without a rate is run once, one with its rate in the brackets at that rate. The default is tried in every
