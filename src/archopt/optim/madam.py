@@ -244,14 +244,14 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     vs = [state["exp_avg_sq"] for state in states]
-    finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, torch.inf)).square())
+    peak = torch.stack(torch._foreach_norm(grads, torch.inf))
+    finite = torch.isfinite(peak.square())
 
-    # Tensors whose gradient is not finite stand aside: their gradient counts as 0, their v is averaged with
-    # weight 0, which leaves its bits.
-    directions = choose(finite, grads, [torch.zeros((), dtype=exact, device=finite.device)] * len(grads))
-    squares = torch._foreach_mul(directions, directions)
-    torch._foreach_lerp_(vs, squares, ((1 - beta) * finite.to(exact)).unbind())
-    del grads, squares
+    # Tensors whose gradient is not finite stand aside: their gradient counts as 0, their v decays by 1.
+    directions = choose(finite, grads, [torch.zeros_like(peak[0])] * len(grads))
+    torch._foreach_mul_(vs, torch.ones_like(peak).masked_fill(finite, beta).unbind())
+    torch._foreach_addcmul_(vs, directions, directions, value=1 - beta)
+    del grads
 
     # 0/0, and g/0 where v underflowed, are no move.
     torch._foreach_div_(directions, torch._foreach_sqrt(vs))
