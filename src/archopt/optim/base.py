@@ -291,6 +291,41 @@ def check_forms(rule: str, group: dict[str, Any]) -> None:
     check_flags(rule, group, "maximize", "capturable")
 
 
+def with_names(rule: str, params: Params) -> Any:
+    """A module as its `(name, parameter)` pairs, for rules that need no roles; anything else as it is.
+
+    Raises ValueError for a module without trainable parameters.
+    """
+    if not isinstance(params, nn.Module):
+        return params
+    pairs = list(params.named_parameters())
+    if not any(param.requires_grad for _, param in pairs):
+        raise ValueError(
+            f"{rule}: {type(params).__name__} has no trainable parameters ({len(pairs)} in all); pass a module "
+            "with at least one parameter that requires a gradient"
+        )
+    return pairs
+
+
+def rate(group: dict[str, Any]) -> Rate:
+    """The group's lr, a tensor of one element as a scalar, so that it broadcasts over 0-d parameters too."""
+    lr: Rate = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def by_device_and_dtype(params: list[Tensor]) -> list[list[int]]:
+    """Positions of tensors that may share one foreach operation."""
+    buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, param in enumerate(params):
+        buckets.setdefault((param.device, param.dtype), []).append(index)
+    return list(buckets.values())
+
+
+def choose(flags: Tensor, new: Iterable[Tensor], old: Iterable[Tensor]) -> list[Tensor]:
+    """For each tensor, the new one where its flag (an entry of a vector) is true, else the old one."""
+    return [torch.where(flag, a, b) for flag, a, b in zip(flags.unbind(), new, old, strict=True)]
+
+
 def takes_foreach(group: dict[str, Any]) -> bool:
     """Whether this group takes the foreach form: as asked, else yes (measured faster, on the CPU too)."""
     return group["foreach"] is not False
