@@ -1,5 +1,6 @@
 """The command line: exit statuses, help, and one line for everything that cannot be done."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import pytest
 
 from archopt.lab import cli
 from archopt.lab.cli import BAD_INPUT, COMMANDS, DONE, RUN_FAILED, STOPPED, main
+from archopt.lab.errors import RecordError
+from archopt.lab.record import RunFolder
 from lab.running import TOY, bits, lines
 
 TOY_ARGS = [str(TOY), "--threads", "1"]
@@ -281,32 +284,57 @@ def test_ctrl_c_leaves_a_run_that_goes_on(folder):
     assert bits(path) == bits(folder / "undisturbed" / path.relative_to(folder / "runs"))
 
 
-def test_ctrl_c_stops_a_comparison_that_goes_on(folder):
-    args = [
-        "compare",
-        *TOY_ARGS,
-        "--optimizers",
-        "sgd,adam",
-        "--lrs",
-        "default",
-        "--seeds",
-        "0",
-        "--jobs",
-        "2",
-    ]
+SLOW = [
+    "compare",
+    "./slow.py",
+    "--threads",
+    "1",
+    "--optimizers",
+    "sgd,adam",
+    "--lrs",
+    "default",
+    "--seeds",
+    "0",
+    "--jobs",
+    "2",
+]
+
+
+def slow_comparison(folder: Path) -> subprocess.Popen:
+    """A comparison of two runs, both of which have begun."""
     (folder / "slow.py").write_text(TOY.read_text().replace("pause: float = 0.0", "pause: float = 0.03"))
-    args[1] = "./slow.py"
-    process = archopt(*args, folder=folder)
-    until(
-        lambda: (
-            len(list(folder.rglob("metrics.jsonl"))) == 2
-            and all(len(lines(p.parent)) > 1 for p in folder.rglob("metrics.jsonl"))
-        ),
-        process,
-    )
+    process = archopt(*SLOW, folder=folder)
+    begun = lambda: [path for path in folder.rglob("metrics.jsonl") if len(lines(path.parent)) > 1]  # noqa: E731
+    until(lambda: len(begun()) == 2, process)
+    return process
+
+
+def test_ctrl_c_stops_a_comparison_that_goes_on(folder):
+    process = slow_comparison(folder)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == STOPPED
     assert said == "archopt: stopped; the same command goes on from here\n"
     assert len(list(folder.rglob("checkpoint.pt"))) == 2
+    assert not list(folder.rglob("result.json"))
+
+
+def test_workers_outlive_a_killed_comparison_only_to_write_their_checkpoints(folder):
+    process = slow_comparison(folder)
+    process.kill()
+    process.communicate()
+    paths = [path.parent for path in folder.rglob("metrics.jsonl")]
+    configs = {path: json.loads((path / "config.json").read_text()) for path in paths}
+    deadline = time.monotonic() + 60
+    free = set()
+    while len(free) < 2:
+        assert time.monotonic() < deadline, "a worker goes on without a sweep"
+        for path in paths:
+            with (
+                contextlib.suppress(RecordError),
+                RunFolder(path, configs[path]) as run,
+            ):  # locked while it is written
+                assert run.result is None
+                free.add(path)
+    assert all((path / "checkpoint.pt").exists() for path in paths)
     assert not list(folder.rglob("result.json"))

@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -272,47 +272,70 @@ def parse_device(text: str) -> torch.device:
 
 
 class _Reporter(Watcher):
-    """Tells the sweep how a run goes, not too often."""
+    """Tells the sweep how a run goes, not too often, and hears from it when to stop."""
 
     def __init__(self, connection: Connection, stop: Any) -> None:
         self._connection, self._stop = connection, stop
         self._next = 0.0
         self._key: str = ""
-        self.metric: float | None = None
+        self._metric: float | None = None
+        self.busy = False
+        self.told_to_stop = False
 
     def follow(self, spec: RunSpec) -> None:
-        self._next, self._key, self.metric = 0.0, spec.metric["key"], None
+        self._next, self._key, self._metric = 0.0, spec.metric["key"], None
+
+    def terminate(self, number: int, frame: Any) -> None:
+        """What a worker does on SIGTERM: a busy one writes a checkpoint first."""
+        self.told_to_stop = True
+        if not self.busy:
+            raise SystemExit(0)
+
+    def _tell(self, step: int) -> bool:
+        try:
+            self._connection.send(("step", step, self._metric))
+        except OSError:  # the sweep is dead; what it began is kept for the next one
+            return True
+        return self.told_to_stop or bool(self._stop.is_set())
 
     def begin(self, step: int, steps: int) -> None:
-        self._connection.send(("step", step, None))
+        self._tell(step)
 
     def step(self, step: int, now: float) -> bool:
-        if now < self._next:
+        if now < self._next and not self.told_to_stop:
             return False
         self._next = now + REPORT_EVERY
-        self._connection.send(("step", step, self.metric))
-        return bool(self._stop.is_set())
+        return self._tell(step)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        self.metric = line["eval"].get(self._key)
+        self._metric = line["eval"].get(self._key)
 
 
 def worker(connection: Connection, stop: Any, threads: int) -> None:
-    """Takes runs from the connection and does them until it is told None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep hears of it and says so through `stop`
-    torch.set_num_threads(threads)
+    """Takes runs from the connection and does them until it is told None, or until the sweep is gone."""
     reporter = _Reporter(connection, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep hears of it and says so through `stop`
+    signal.signal(signal.SIGTERM, reporter.terminate)
+    torch.set_num_threads(threads)
     experiments: dict[str, Experiment] = {}
-    while (spec := connection.recv()) is not None:
-        try:
-            connection.send(_one(spec, reporter, experiments))
-        except Interrupted:
-            connection.send(("interrupted", None, ""))
-        except RecordError as error:
-            connection.send(("stuck", None, str(error)))
-        except Exception as error:  # bad input and data errors among them: the sweep records it
-            message = str(error) if isinstance(error, LabError | DataError) else describe(error)
-            connection.send(("refused", None, message))
+    with suppress(EOFError, OSError):
+        while (spec := connection.recv()) is not None:
+            reporter.busy = True
+            connection.send(_attempt(spec, reporter, experiments))
+            reporter.busy = False
+
+
+def _attempt(spec: RunSpec, reporter: _Reporter, experiments: dict[str, Experiment]) -> tuple[str, Any, str]:
+    """Does a run and says how it ended: the status, the metric, the error."""
+    try:
+        return _one(spec, reporter, experiments)
+    except Interrupted:
+        return "refused", None, "the worker process was told to stop"
+    except RecordError as error:
+        return "stuck", None, str(error)
+    except Exception as error:  # bad input and data errors among them: the sweep records it
+        message = str(error) if isinstance(error, LabError | DataError) else describe(error)
+        return "refused", None, message
 
 
 def _one(spec: RunSpec, reporter: _Reporter, experiments: dict[str, Experiment]) -> tuple[str, Any, str]:
@@ -481,9 +504,8 @@ def _count(
 
 def _death(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        hint = "; the system kills processes when memory runs out" if name == "SIGKILL" else ""
-        return f"the worker process died ({name}{hint})"
+        hint = "; the system does that when memory runs out" if exit_code == -signal.SIGKILL else ""
+        return f"the worker process died ({signal.strsignal(-exit_code) or f'signal {-exit_code}'}{hint})"
     return f"the worker process died (exit status {exit_code})"
 
 
