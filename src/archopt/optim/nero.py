@@ -273,14 +273,21 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     # Statistics of all rows, one vector each.
     norms = [row_norm(g, dims) for g, dims in zip(grads, all_dims, strict=True)]
     sizes = [norm.numel() for norm in norms]
-    count = _counts.__wrapped__ if torch.compiler.is_compiling() else _counts
+    ordinary = (
+        type(norms[0]) is Tensor and not torch.compiler.is_compiling()
+    )  # a fake tensor must not be kept
+    count = _counts if ordinary else _counts.__wrapped__
     counts = count(tuple(sizes), norms[0].device)
     norm = torch.cat([norm.flatten() for norm in norms])
     old = torch.cat([state["exp_avg_sq"].flatten() for state in states])
     finite = torch.isfinite(norm.square())
     v = torch.where(finite, beta * old + (1 - beta) * norm.square(), old)
     corrections = bias_correction(beta, torch.stack([state["step"] for state in states])).sqrt()
-    rates = lr * torch.stack([state["scale"] for state in states]) * corrections.to(norm.device, exact)
+    rates = (
+        lr
+        * torch.stack([state["scale"] for state in states])
+        * corrections.to(norm.device, exact, non_blocking=True)
+    )
     rates = rates.repeat_interleave(counts, output_size=norm.numel())
     moves = finite & (norm > 0) & (v > 0) & (lr != 0)
     stride = torch.where(moves, rates / v.sqrt(), 0.0)
