@@ -101,7 +101,7 @@ def learning_curves(summary: Summary, styles: Styles, *, best: bool) -> Figure |
     logarithmic = any(axis is not None and axis.kind == "error" for _, axis in axes)
     which = "at the best learning rate" if best else "at the default learning rate"
     return Figure(
-        name=f"{summary.workload.folder}-curves-{'best' if best else 'default'}",
+        name=f"{summary.workload.slug}-curves-{'best' if best else 'default'}",
         subject=summary.workload.title,
         title=f"learning curves {which}",
         caption="Line: mean over the seeds that finished; band: their range. Thin lines: single runs that diverged "
@@ -242,7 +242,7 @@ def sensitivity(summary: Summary, styles: Styles) -> Figure | None:
     if lost:
         _draw_strip(panel, axis, plain.worst)
     return Figure(
-        name=f"{summary.workload.folder}-sensitivity",
+        name=f"{summary.workload.slug}-sensitivity",
         subject=summary.workload.title,
         title=f"final {metric.name} against the learning rate",
         caption="Mean and range over the seeds that finished; a ring marks the default rate; level lines are rules "
@@ -316,7 +316,7 @@ def time_to_target(summary: Summary, styles: Styles) -> Figure | None:
     metric = summary.workload.metric
     share = f"{100 * TARGET_SHARE:.0f} % of the way from the value before training to the best final mean"
     return Figure(
-        name=f"{summary.workload.folder}-target",
+        name=f"{summary.workload.slug}-target",
         subject=summary.workload.title,
         title=f"time until {metric.name} is {text.value(metric, summary.target)}",
         caption=f"Target: {'as asked for' if summary.target_given else share}. Bar: median over all seeds, where "
@@ -374,7 +374,7 @@ def automatic_steps(summary: Summary, styles: Styles) -> Figure | None:
     if not panels:
         return None
     return Figure(
-        name=f"{summary.workload.folder}-automatic-step",
+        name=f"{summary.workload.slug}-automatic-step",
         subject=summary.workload.title,
         title="the step size that the rule chose itself",
         caption="Line: mean over the seeds that finished; band: their range.",

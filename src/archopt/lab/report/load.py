@@ -7,6 +7,7 @@ kept as a run with the status "missing", so that nothing drops out of a table or
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,11 @@ class Workload:
     def title(self) -> str:
         return f"{self.name} ({self.preset})" if self.preset else self.name
 
+    @property
+    def slug(self) -> str:
+        """What files about it are called: the folder's name, without what file names should not have."""
+        return re.sub(r"[^\w.+=-]+", "-", self.folder).lstrip(".")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -123,7 +129,7 @@ class Comparison:
     optimizers: tuple[Optimizer, ...]
     seeds: tuple[int, ...]
     lrs: Any
-    """What was asked for: "grid", "published", "default" or a list; None where there is no `comparison.json`."""
+    """What was asked for last: "grid", "published", "default" or a list."""
     written: float
     """When the newest of its records was written, in seconds since 1970."""
 
@@ -136,15 +142,17 @@ def finite(value: Any) -> float | None:
 
 
 def load(folder: Path) -> Comparison:
-    """Reads a comparison's folder, or any folder of runs without a `comparison.json` (then no default rates).
+    """Reads a comparison's folder.
 
     Raises ReportError, which names the file, where there are no runs or a record is broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ReportError(f"{folder}: no such folder; expected one that `archopt compare` or `train` wrote")
+        raise ReportError(f"{folder}: no such folder; expected the --out of an `archopt compare`")
     asked = folder / "comparison.json"
-    record = _read_json(asked) if asked.is_file() else _comparison_of_runs(folder)
+    if not asked.is_file():
+        raise ReportError(f"{folder}: no comparison.json in it; expected the --out of an `archopt compare`")
+    record = _read_json(asked)
     _check_format(record, asked)
     optimizers = tuple(_optimizer(entry, asked) for entry in _need(record, "optimizers", list, asked))
     seeds = tuple(_need(record, "seeds", list, asked))
@@ -192,9 +200,7 @@ def _workload(
     name, place = _need(entry, "name", str, path), _need(entry, "folder", str, path)
     found = _read_runs(folder, folder / place)
     asked: list[Run] = []
-    if lrs is None:  # nobody asked for anything: what is there is what there is
-        asked, found = list(found.values()), {}
-    for optimizer in optimizers if lrs is not None else ():
+    for optimizer in optimizers:
         for lr in _rates(optimizer, name, lrs, found):
             for seed in seeds:
                 absent = Run(optimizer.label, lr, seed, "missing")
@@ -307,38 +313,6 @@ def _metric(record: dict[str, Any], path: Path) -> Metric:
         higher_is_better=_need(record, "higher_is_better", bool, path),
         unit=str(record.get("unit") or ""),
     )
-
-
-def _comparison_of_runs(folder: Path) -> dict[str, Any]:
-    """What `comparison.json` would say of a folder that holds runs alone, as `archopt train` leaves it."""
-    workloads: dict[str, dict[str, Any]] = {}
-    optimizers: dict[str, dict[str, Any]] = {}
-    seeds: set[int] = set()
-    for run in _read_runs(folder, folder).values():
-        if "metric" not in run.result:
-            continue  # still at its first steps: what it is judged by is not on record yet
-        place = Path(run.folder).parts[0] if run.folder != "." else "."
-        workloads[place] = {
-            "name": str(run.config.get("workload", "")),
-            "preset": run.config.get("preset", ""),
-            "folder": place,
-            "metric": run.result["metric"],
-            "options": run.config.get("options", {}),
-        }
-        entry = {"label": run.optimizer, "name": run.config["optimizer"].get("name", run.optimizer)}
-        optimizers[run.optimizer] = {**entry, "rate": run.lr is not None}
-        seeds.add(run.seed)
-    if not workloads:
-        raise ReportError(
-            f"{folder}: no comparison.json and no run with a result in it; expected a folder that "
-            "`archopt compare` or `archopt train` wrote"
-        )
-    return {
-        "format": FORMAT,
-        "workloads": list(workloads.values()),
-        "optimizers": list(optimizers.values()),
-        "seeds": sorted(seeds),
-    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

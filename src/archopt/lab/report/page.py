@@ -169,9 +169,7 @@ def _environment(runs: Sequence[Run], names: dict[str, str]) -> str:
     for run in runs:
         known = run.config.get("environment")
         if isinstance(known, dict):
-            parts = [
-                f"{name} {known[key]}".strip() for key, name in names.items() if known.get(key) is not None
-            ]
+            parts = [words.format(known[key]) for key, words in names.items() if known.get(key) is not None]
             kinds[", ".join(parts)] += 1
     if len(kinds) == 1:
         return next(iter(kinds))

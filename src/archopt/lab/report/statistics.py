@@ -46,7 +46,8 @@ class Reached:
     steps: tuple[float, ...]
     seconds: tuple[float, ...]
     runs: int
-    """All runs of the cell; those that never got there count as later than every number."""
+    """The runs of which it is known: those that ended, and those that got there and go on. Of them, the ones that
+    never got there count as later than every number."""
 
     def median(self, numbers: Sequence[float]) -> float:
         """Median over all runs, infinite where half of them or more never got there."""
@@ -93,7 +94,9 @@ class Cell:
         A run that diverged or failed later on does not count as having got there.
         """
         steps, seconds = [], []
+        ended = 0
         for run in self.runs:
+            ended += run.status in ("finished", "diverged", "failed")
             if run.status in ("diverged", "failed"):
                 continue
             for point in run.points:
@@ -101,8 +104,9 @@ class Cell:
                 if value is not None and not self.metric.better(target, value):
                     steps.append(float(point.step))
                     seconds.append(point.seconds)
+                    ended += run.status == "unfinished"
                     break
-        return Reached(tuple(steps), tuple(seconds), len(self.runs))
+        return Reached(tuple(steps), tuple(seconds), ended)
 
 
 @dataclass(frozen=True)
@@ -231,9 +235,8 @@ def _row(
 
 
 def _reached(cell: Cell | None, target: float | None) -> Reached | None:
-    if cell is None or target is None or not any(run.points for run in cell.runs):
-        return None
-    return cell.reached(target)
+    when = cell.reached(target) if cell is not None and target is not None else None
+    return when if when is not None and when.runs else None
 
 
 def _finished(cells: Sequence[Cell]) -> list[Run]:

@@ -1,9 +1,9 @@
 """How the pictures look: a colour, dash and marker for each optimiser; what an axis shows; where labels stand.
 
-The colours extend the idea of Okabe and Ito's set: chosen so that every pair stays apart under normal, deutan and
-protan vision, once for a light and once for a dark ground. Dash and marker repeat the distinction for grey print.
-An optimiser that the laboratory knows has a fixed style; any other gets one by its label, the same on every page
-as long as labels do not compete for it.
+The colours follow the idea of Okabe and Ito's set: the first nine were searched for so that every pair stays
+apart under normal, deutan and protan vision, once for a light and once for a dark ground (tests hold them to it).
+Dash and marker repeat the distinction for grey print. An optimiser that the laboratory knows has a fixed style; any
+other gets one by its label, the same on every page unless another label on the page has taken it.
 """
 
 import math
@@ -24,26 +24,30 @@ class Style:
 
 
 KNOWN = {
-    "nero": Style("#B02500", "#F0553A", (), "circle"),
+    "nero": Style("#A72100", "#F0553A", (), "circle"),
     "agd": Style("#0265C6", "#5F8FE0", (8, 3), "square"),
-    "autonero": Style("#0FA080", "#11C57F", (), "diamond"),
+    "autonero": Style("#0FA786", "#11C57F", (), "diamond"),
     "adamw": Style("#852266", "#D070A6", (4, 2), "triangle-up"),
-    "adam": Style("#C27F00", "#FFA710", (2, 2), "triangle-down"),
-    "sgd": Style("#3D3A36", "#F0E9E4", (10, 3, 2, 3), "triangle-right"),
-    "lamb": Style("#1294C0", "#4CE0FF", (6, 2, 1, 2), "triangle-left"),
-    "madam": Style("#87862F", "#DFE67E", (1, 2), "circle"),
-    "muon": Style("#2A1391", "#8A70FF", (12, 2), "square"),
+    "adam": Style("#CA8700", "#FFA710", (2, 2), "triangle-down"),
+    "sgd": Style("#403220", "#F0E9E4", (10, 3, 2, 3), "triangle-right"),
+    "lamb": Style("#149CC8", "#4CE0FF", (6, 2, 1, 2), "triangle-left"),
+    "madam": Style("#99984E", "#DFE67E", (1, 2), "circle"),
+    "muon": Style("#0B0381", "#8A70FF", (12, 2), "square"),
+    "nero-roles": Style("#A44852", "#E18668", (3, 1), "diamond"),
+    "agd-paper": Style("#0F16C0", "#80B0CC", (2, 1), "triangle-up"),
+    "lamb-cs": Style("#8E1098", "#DB1CBD", (12, 3, 1, 3), "triangle-right"),
+    "madam-cs": Style("#327527", "#85C8B1", (8, 2, 2, 2), "square"),
 }
 OTHERS = (
-    Style("#D9528C", "#FF8FB8", (3, 1), "diamond"),
     Style("#7A4B1E", "#C98F55", (6, 3), "circle"),
-    Style("#4F7D3A", "#93C46F", (8, 2, 2, 2), "square"),
-    Style("#66789A", "#9FB2D6", (2, 1), "triangle-up"),
     Style("#9B6BC9", "#D9BDF5", (5, 1), "triangle-down"),
-    Style("#2F6F73", "#6FC3C7", (12, 3, 1, 3), "triangle-right"),
-    Style("#A0522D", "#E59A72", (1, 1), "triangle-left"),
-    Style("#5C6B00", "#B9CC4A", (9, 4), "diamond"),
+    Style("#C2185B", "#FF6F91", (9, 4), "square"),
+    Style("#00695C", "#4DB6AC", (3, 3), "diamond"),
+    Style("#5C6B00", "#B9CC4A", (1, 1), "triangle-left"),
+    Style("#8D6E63", "#BCAAA4", (7, 2, 2, 2), "triangle-up"),
 )
+TINY = 1e-200
+"""Nothing smaller is told from zero."""
 DECADES = 6
 """A logarithmic axis shows no more than these: a loss that ends at 1e-12 has long been zero for every purpose."""
 CROSS = "M-1,-1L1,1M-1,1L1,-1"
@@ -52,15 +56,16 @@ CROSS = "M-1,-1L1,1M-1,1L1,-1"
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
     """A style for every label. Where there are more strange labels than styles, some share one."""
-    chosen = {label: KNOWN[label] for label in labels if label in KNOWN}
+    labels = list(labels)
+    strange: dict[str, Style] = {}
     taken: set[int] = set()
-    for label in sorted(set(labels) - set(chosen)):
+    for label in sorted(set(labels) - set(KNOWN)):
         slot = zlib.crc32(label.encode()) % len(OTHERS)
         while slot in taken and len(taken) < len(OTHERS):
             slot = (slot + 1) % len(OTHERS)
         taken.add(slot)
-        chosen[label] = OTHERS[slot]
-    return chosen
+        strange[label] = OTHERS[slot]
+    return {label: KNOWN.get(label) or strange[label] for label in labels}
 
 
 @dataclass(frozen=True)
@@ -159,14 +164,16 @@ def choose_axis(
         else:
             high = min(high, max(start + (start - low), low))
     if percent and higher_is_better and high > 0.9 and low < high <= 1.0:
-        nearest = min((1.0 - value for value in known if value < 1.0), default=0.01)
-        bottom, top = max(low - 0.02, 0.0), 1.0 - (nearest / 2 if high == 1.0 else nearest / 1.15)
+        nearest = max(min(1.0 - value for value in known if value < 1.0), 1e-6)
+        bottom, top = max(low - 0.02, 0.0), 1.0 - nearest / (2 if high > 1.0 - 1e-6 else 1.15)
         ticks = [1.0 - error for error in _one_two_five(1.0 - top, 1.0 - bottom) if error < 1.0]
         return Axis(title, "error", bottom, top, percent, True, tuple(ticks))
-    if not higher_is_better and low > 0 and high / low > 20:
+    if not higher_is_better and low > TINY and high / low > 20:
         bottom, top = max(low / 1.15, high * 10.0**-DECADES), high * 1.15
         return Axis(title, "log", bottom, top, percent, higher_is_better, log_ticks(bottom, top))
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    margin = 0.05 * (high - low)
+    if margin <= 1e-9 * abs(high) or margin < TINY:  # one value, for all that a picture can show
+        margin = 0.05 * abs(high) if abs(high) > TINY else 1.0
     bottom = max(low - margin, 0.0) if low >= 0 else low - margin
     top = min(high + margin, 1.0) if percent and high <= 1.0 else high + margin
     return Axis(title, "linear", bottom, top, percent, higher_is_better, linear_ticks(bottom, top))
@@ -177,15 +184,14 @@ def linear_ticks(low: float, high: float) -> tuple[float, ...]:
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.75)
-    return tuple(
-        round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    )
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return tuple(float(f"{k * step:.12g}") for k in range(first, last + 1))
 
 
 def _one_two_five(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten between two positive numbers."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    ticks = [round(m * 10.0**e, 12) for e in range(first, last + 1) for m in (1, 2, 5)]
+    ticks = [float(f"{m}e{e}") for e in range(first, last + 1) for m in (1, 2, 5)]
     return [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
 
 

@@ -49,8 +49,9 @@ class Table:
 
 
 def tables(summary: Summary) -> list[Table]:
-    """What the optimisers reached, and what it cost."""
-    return [results(summary), costs(summary)]
+    """What the optimisers reached, when, and what it cost."""
+    timed = [target_times(summary)] if summary.target is not None else []
+    return [results(summary), *timed, costs(summary)]
 
 
 def results(summary: Summary) -> Table:
@@ -87,19 +88,14 @@ def results(summary: Summary) -> Table:
     return Table(summary.workload.title, title, columns, _with_best(rows))
 
 
-def costs(summary: Summary) -> Table:
-    """Time to the target, time of a step, memory."""
+def target_times(summary: Summary) -> Table:
+    """Steps and seconds to the target."""
     columns = (
         Column("optimiser", "In the order of the results."),
-        Column("steps, default", "Steps to the target at the default rate: median over the seeds."),
-        Column("steps, best", "Steps to the target at the best rate: median over the seeds."),
-        Column("time, default", "Training time to the target at the default rate, without evaluation."),
-        Column("time, best", "Training time to the target at the best rate, without evaluation."),
-        Column("a step", "Time of a step: median over the steps of a run, then over the runs that finished."),
-        Column("× fastest", "Time of a step over that of the fastest optimiser here."),
-        Column("in optimiser", "The optimiser's share of the time of a step."),
-        Column("state", "Bytes a parameter that the optimiser keeps between steps."),
-        Column("memory", "Peak, of the whole process on a CPU, of what torch allocated on a GPU."),
+        Column("steps, default lr", "Steps to the target at the default rate: median over the seeds."),
+        Column("steps, best lr", "Steps to the target at the best rate: median over the seeds."),
+        Column("time, default lr", "Training time to the target at the default rate, without evaluation."),
+        Column("time, best lr", "Training time to the target at the best rate, without evaluation."),
     )
     rows = [
         (
@@ -108,17 +104,39 @@ def costs(summary: Summary) -> Table:
             _reached(row.reached_best, seconds=False),
             _reached(row.reached_default, seconds=True),
             _reached(row.reached_best, seconds=True),
+        )
+        for row in summary.rows
+    ]
+    metric = summary.workload.metric
+    title = f"steps and time to {metric.name} {text.value(metric, summary.target)}"
+    return Table(summary.workload.title, title, columns, _with_best(rows))
+
+
+def costs(summary: Summary) -> Table:
+    """Time of a step and memory."""
+    columns = (
+        Column("optimiser", "In the order of the results."),
+        Column("time", "Of a step: median over the steps of a run, then over the runs that finished."),
+        Column("× fastest", "Time of a step over that of the fastest optimiser here."),
+        Column("in optimiser", "The optimiser's share of the time of a step."),
+        Column(
+            "state, B/parameter",
+            "Bytes that the optimiser keeps between steps, over the number of parameters.",
+        ),
+        Column("peak memory", "Of the whole process on a CPU; of what torch allocated on a GPU."),
+    )
+    rows = [
+        (
+            Entry(row.optimizer.label),
             Entry(text.duration(row.seconds_per_step), _or_last(row.seconds_per_step)),
             Entry(_times(row.relative_time), _or_last(row.relative_time)),
             Entry(text.share(row.optimizer_share), _or_last(row.optimizer_share)),
-            Entry(_state(row.state_per_parameter), _or_last(row.state_per_parameter)),
+            Entry(_figures(row.state_per_parameter), _or_last(row.state_per_parameter)),
             Entry(text.size(row.peak_memory), _or_last(row.peak_memory)),
         )
         for row in summary.rows
     ]
-    target = text.value(summary.workload.metric, summary.target)
-    title = f"steps and time to {summary.workload.metric.name} {target}, and costs"
-    return Table(summary.workload.title, title, columns, _with_best(rows))
+    return Table(summary.workload.title, "cost of a step", columns, _with_best(rows))
 
 
 def overall(summaries: Sequence[Summary]) -> Table:
@@ -191,15 +209,15 @@ def _trouble(runs: Sequence[Run]) -> str:
 
 def _runs(row: Row) -> str:
     trouble = _trouble(row.runs)
-    return f"{len(row.runs)}: {trouble}" if trouble else str(len(row.runs))
+    return f"{len(row.runs)}; {trouble}" if trouble else str(len(row.runs))
 
 
 def _times(ratio: float | None) -> str:
     return text.NONE if ratio is None else f"{ratio:.2f}×"
 
 
-def _state(bytes_each: float | None) -> str:
-    return text.NONE if bytes_each is None else f"{bytes_each:.3g} B/p"
+def _figures(number: float | None) -> str:
+    return text.NONE if number is None else f"{number:.3g}"
 
 
 def _or_last(number: float | None) -> float:
@@ -276,34 +294,38 @@ def warnings(summary: Summary) -> list[str]:
 # ----------------------------------------------------------------------------------------------- terminal, Markdown
 
 
-def render(table: Table) -> RichTable:
+WIDE = 100
+"""A terminal of so many columns has room for a second space between those of a table."""
+
+
+def render(table: Table, *, wide: bool) -> RichTable:
     """The table for a terminal."""
-    made = RichTable(
-        title=Text(f"{table.subject}: {table.title}", style="bold"),
-        title_justify="left",
-        box=SIMPLE,
-        padding=(0, 1),
-    )
+    title = Text(f"{table.subject}: {table.title}", style="bold")
+    made = RichTable(title=title, title_justify="left", box=SIMPLE, padding=(0, int(wide), 0, 0))
     for index, column in enumerate(table.columns):
         made.add_column(Text(column.name), justify="left" if index == 0 else "right", overflow="fold")
     for label, *rest in table.rows:
-        cells = [
-            Text(entry.text, style="bold" if entry.best else "red" if entry.bad else "") for entry in rest
-        ]
+        cells = [Text(_lines(e), style="bold" if e.best else "red" if e.bad else "") for e in rest]
         made.add_row(Text(label.text), *cells)
     return made
 
 
+def _lines(entry: Entry) -> str:
+    """What became of the runs below the numbers: terminals are narrow."""
+    return entry.text.replace("; ", "\n").replace(", ", "\n") if entry.bad else entry.text
+
+
 def show(comparison: Comparison, summaries: Sequence[Summary], console: Console) -> None:
     """Prints all tables with their notes."""
+    wide = console.width >= WIDE
     for summary in summaries:
         for table in tables(summary):
-            console.print(render(table))
+            console.print(render(table, wide=wide))
         for note in notes(comparison, summary):
             console.print(Text(f"  {note}", style="dim"))
         console.print()
     if len(summaries) > 1:
-        console.print(render(overall(summaries)))
+        console.print(render(overall(summaries), wide=wide))
 
 
 def markdown(comparison: Comparison, summaries: Sequence[Summary]) -> str:

@@ -44,10 +44,10 @@ def mean_and_sd(metric: Metric, spread: Spread | None) -> str:
 
 
 def trouble(cell: Cell) -> str:
-    """What became of the seeds that did not finish: "1 of 3 diverged, 1 of 3 missing"; empty where all did."""
+    """What became of the seeds that did not finish: "1/3 diverged, 1/3 missing"; empty where all did."""
     runs = len(cell.runs)
     counts = {status: cell.count(status) for status in ("diverged", "failed", "unfinished", "missing")}
-    return ", ".join(f"{count} of {runs} {status}" for status, count in counts.items() if count)
+    return ", ".join(f"{count}/{runs} {status}" for status, count in counts.items() if count)
 
 
 def final(cell: Cell | None) -> str:
