@@ -9,7 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-MODULES = ["roles", "project", "init", "optim.nero", "optim.agd", "optim.lamb", "optim.madam", "optim.constrain"]
+MODULES = [
+    "roles",
+    "project",
+    "init",
+    "optim.nero",
+    "optim.agd",
+    "optim.lamb",
+    "optim.madam",
+    "optim.constrain",
+]
 FLAGS = doctest.NORMALIZE_WHITESPACE
 
 

@@ -10,6 +10,7 @@ import tyro
 
 from archopt.lab.calls import split_list
 from archopt.lab.errors import LabError
+from archopt.optim.base import nearest
 
 Options = TypeVar("Options")
 
@@ -61,14 +62,11 @@ def flags(kind: type[Any]) -> list[str]:
 
 
 def _unknown(tokens: list[str], known: list[str], prog: str) -> str:
-    import difflib
-
     token = next((t for t in tokens if t.startswith("-")), tokens[0])
-    name = token.partition("=")[0].replace("_", "-")
     if not token.startswith("-"):
         return f"{prog} does not know what to do with {token!r}; see {prog} --help"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{prog} has no option {name}; {f'did you mean {near[0]}?' if near else f'see {prog} --help'}"
+    name = token.partition("=")[0].replace("_", "-")
+    return f"{prog} has no option {name}{nearest(name, known) or f'; see {prog} --help'}"
 
 
 def _in_one_line(box: str) -> str:
