@@ -1,5 +1,6 @@
 """The command line: exit statuses, help, and one line for everything that cannot be done."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import pytest
 
 from archopt.lab import cli
 from archopt.lab.cli import BAD_INPUT, COMMANDS, DONE, RUN_FAILED, STOPPED, main
+from archopt.lab.errors import RecordError
+from archopt.lab.record import RunFolder
 from lab.running import TOY, bits, lines
 
 TOY_ARGS = [str(TOY), "--threads", "1"]
@@ -46,8 +49,8 @@ BAD = [
     (["train", "digits", "-o", "adamm"], "no optimiser 'adamm'; did you mean 'adam'"),
     (["train", "digits", "--optimizer", "adam(bettas=1)"], "no option 'bettas'; did you mean 'betas'"),
     (["train", "digits", "--preset", "smal"], "no preset 'smal'; did you mean 'small'"),
-    (["train", "digits", "--modell", "cnn"], "no option --modell; did you mean --model?"),
-    (["train", "digits", "--optimiser=adam"], "no option --optimiser; did you mean --optimizer?"),
+    (["train", "digits", "--modell", "cnn"], "no option --modell; did you mean '--model'?"),
+    (["train", "digits", "--optimiser=adam"], "no option --optimiser; did you mean '--optimizer'?"),
     (["train", "digits", "--model", "cn"], "invalid choice 'cn' for argument '--model'"),
     (["train", "digits", "--epochs", "many"], "--epochs cannot be 'many'"),
     (["train", "digits", "--lr", "fast"], "--lr cannot be 'fast'"),
@@ -74,7 +77,7 @@ BAD = [
     (["compare", "digits", "--jobs", "0"], "--jobs 0"),
     (["compare", "digits", "mnist-cwn", "--data", "nowhere"], "archopt data fetch mnist"),
     (["report"], "needs a folder"),
-    (["report", "nowhere"], "nowhere is not a comparison"),
+    (["report", "nowhere"], "nowhere: no such folder"),
     (["data"], "expected list, fetch or import"),
     (["data", "fetch"], "needs the name of a set"),
     (["data", "fetch", "mnits"], "no data set 'mnits'; did you mean 'mnist'"),
@@ -244,10 +247,12 @@ def test_version_and_empty_command_line(capsys):
     assert main([]) == BAD_INPUT
 
 
-def archopt(*args: str, folder: Path, **options) -> subprocess.Popen:
+def archopt(*args: str, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "archopt.lab", *args]
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    environment = {**os.environ, "PYTHONPATH": paths}
     return subprocess.Popen(
-        command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -279,32 +284,57 @@ def test_ctrl_c_leaves_a_run_that_goes_on(folder):
     assert bits(path) == bits(folder / "undisturbed" / path.relative_to(folder / "runs"))
 
 
-def test_ctrl_c_stops_a_comparison_that_goes_on(folder):
-    args = [
-        "compare",
-        *TOY_ARGS,
-        "--optimizers",
-        "sgd,adam",
-        "--lrs",
-        "default",
-        "--seeds",
-        "0",
-        "--jobs",
-        "2",
-    ]
+SLOW = [
+    "compare",
+    "./slow.py",
+    "--threads",
+    "1",
+    "--optimizers",
+    "sgd,adam",
+    "--lrs",
+    "default",
+    "--seeds",
+    "0",
+    "--jobs",
+    "2",
+]
+
+
+def slow_comparison(folder: Path) -> subprocess.Popen:
+    """A comparison of two runs, both of which have begun."""
     (folder / "slow.py").write_text(TOY.read_text().replace("pause: float = 0.0", "pause: float = 0.03"))
-    args[1] = "./slow.py"
-    process = archopt(*args, folder=folder)
-    until(
-        lambda: (
-            len(list(folder.rglob("metrics.jsonl"))) == 2
-            and all(len(lines(p.parent)) > 1 for p in folder.rglob("metrics.jsonl"))
-        ),
-        process,
-    )
+    process = archopt(*SLOW, folder=folder)
+    begun = lambda: [path for path in folder.rglob("metrics.jsonl") if len(lines(path.parent)) > 1]  # noqa: E731
+    until(lambda: len(begun()) == 2, process)
+    return process
+
+
+def test_ctrl_c_stops_a_comparison_that_goes_on(folder):
+    process = slow_comparison(folder)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == STOPPED
     assert said == "archopt: stopped; the same command goes on from here\n"
     assert len(list(folder.rglob("checkpoint.pt"))) == 2
+    assert not list(folder.rglob("result.json"))
+
+
+def test_workers_outlive_a_killed_comparison_only_to_write_their_checkpoints(folder):
+    process = slow_comparison(folder)
+    process.kill()
+    process.communicate()
+    paths = [path.parent for path in folder.rglob("metrics.jsonl")]
+    configs = {path: json.loads((path / "config.json").read_text()) for path in paths}
+    deadline = time.monotonic() + 60
+    free = set()
+    while len(free) < 2:
+        assert time.monotonic() < deadline, "a worker goes on without a sweep"
+        for path in paths:
+            with (
+                contextlib.suppress(RecordError),
+                RunFolder(path, configs[path]) as run,
+            ):  # locked while it is written
+                assert run.result is None
+                free.add(path)
+    assert all((path / "checkpoint.pt").exists() for path in paths)
     assert not list(folder.rglob("result.json"))

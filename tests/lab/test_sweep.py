@@ -107,26 +107,15 @@ def test_the_comparison_is_described_before_anything_runs(tmp_path: Path):
         "higher_is_better": True,
         "unit": "%",
     }
-    sgd = {"label": "sgd", "name": "sgd", "default_lr": 0.001, "rate": True, "published_lr": {"toy": 0.05}}
-    assert told["optimizers"][0] == sgd
+    assert told["optimizers"][0] == {
+        "label": "sgd",
+        "name": "sgd",
+        "default_lr": 0.001,
+        "rate": True,
+        "published_lr": {"toy": 0.05},
+        "lrs": {"toy": [0.001, 0.1]},
+    }
     assert (told["lrs"], told["seeds"], told["command"]) == ([0.1], [0, 1], "archopt compare ...")
-
-
-def test_what_an_earlier_comparison_put_into_the_folder_stays(tmp_path: Path):
-    plan_runs(plan(tmp_path))
-    plan_runs(
-        plan(
-            tmp_path,
-            optimizers=["agd", "sgd"],
-            seeds=[2],
-            lrs="published",
-            workloads=[WorkloadChoice(str(TOY), "smoke")],
-        )
-    )
-    told = json.loads((tmp_path / "comparison.json").read_text())
-    assert [entry["label"] for entry in told["optimizers"]] == ["adam(amsgrad=True)", "agd", "sgd"]
-    assert [entry["folder"] for entry in told["workloads"]] == ["toy-small", "toy-smoke"]
-    assert (told["seeds"], told["lrs"]) == ([0, 1, 2], "published")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +212,7 @@ def test_a_dead_worker_costs_its_run_and_no_other_and_the_run_is_tried_again(tmp
     for spec in dead:
         result = json.loads((spec.path / "result.json").read_text())
         assert result["status"] == "failed"
-        assert "the worker process died (SIGKILL" in result["error"]
+        assert "the worker process died (Killed; the system does that" in result["error"]
         assert (spec.path / "checkpoint.pt").exists()
     assert sum("asked to fail" in error for error in outcome.errors) == 2
     monkeypatch.setenv("TOY_LIVES", "1")

@@ -112,9 +112,9 @@ def test_the_schedule_multiplies_the_rate_of_every_step(tmp_path: Path, rule):
     watcher = Rates(-1)
     original = module.Run.to_end
 
-    def spy(self, state):
+    def spy(self, folder, state):
         watcher.run = self
-        return original(self, state)
+        return original(self, folder, state)
 
     module.Run.to_end = spy
     try:

@@ -45,6 +45,16 @@ def constrain(
 
     Raises TypeError where `optimizer` is not a torch optimiser or an option not a flag, ValueError where it is
     constrained already.
+
+    Example:
+        >>> import torch
+        >>> from archopt.optim.constrain import constrain
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = constrain(torch.optim.AdamW(model.parameters()))
+        >>> model(torch.randn(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> bool(torch.allclose(model.weight.norm(dim=1), torch.ones(4)))
+        True
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(

@@ -252,12 +252,13 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     finite = torch.isfinite(peak.square())
     counts = finite & ((peak > 0) | (torch.stack([state["adam_norm"] for state in states]) > 0))
 
-    # Tensors whose gradient is not finite stand aside: their gradient counts as 0, their statistics are averaged
-    # with weight 0, which leaves their bits.
-    grads = choose(finite, grads, [torch.zeros((), dtype=exact, device=finite.device)] * len(grads))
-    torch._foreach_lerp_(ms, grads, ((1 - beta1) * finite.to(exact)).unbind())
-    torch._foreach_mul_(grads, grads)
-    torch._foreach_lerp_(vs, grads, ((1 - beta2) * finite.to(exact)).unbind())
+    # Tensors whose gradient is not finite stand aside: their statistics decay by 1, and -0 added to a number
+    # leaves its bits.
+    grads = choose(finite, grads, [torch.full_like(peak[0], -0.0)] * len(grads))
+    torch._foreach_mul_(ms, torch.ones_like(peak).masked_fill(finite, beta1).unbind())
+    torch._foreach_add_(ms, grads, alpha=1 - beta1)
+    torch._foreach_mul_(vs, torch.ones_like(peak).masked_fill(finite, beta2).unbind())
+    torch._foreach_addcmul_(vs, grads, grads, value=1 - beta2)
     del grads
 
     firsts, seconds = ms, vs

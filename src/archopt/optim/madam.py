@@ -66,16 +66,10 @@ def madam_update(
     v = torch.where(finite, beta * exp_avg_sq + (1 - beta) * grad.square(), exp_avg_sq)
     rms = (v / bias_correction(beta, step)).sqrt()
     direction = torch.where(finite & (rms > 0), grad / rms, 0.0).clamp(-g_bound, g_bound)
-    bound = _bound(maximum)
-    updated = (weight * torch.exp(-lr * direction * weight.sign())).clamp(-bound, bound)
+    updated = (weight * torch.exp(-lr * direction * weight.sign())).clamp(-maximum, maximum)
     if sums is not None:
         updated = constant_sum(updated, *sums)
     return torch.where(_moves(direction) & (lr != 0), updated, weight), v, finite
-
-
-def _bound(maximum: Tensor) -> Tensor:
-    """The bound of the weights; none for a tensor of zeros, whose signs clamping at zero could change."""
-    return torch.where(maximum > 0, maximum, torch.inf)
 
 
 def _moves(direction: Tensor) -> Tensor:
@@ -244,14 +238,14 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     vs = [state["exp_avg_sq"] for state in states]
-    finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, torch.inf)).square())
+    peak = torch.stack(torch._foreach_norm(grads, torch.inf))
+    finite = torch.isfinite(peak.square())
 
-    # Tensors whose gradient is not finite stand aside: their gradient counts as 0, their v is averaged with
-    # weight 0, which leaves its bits.
-    directions = choose(finite, grads, [torch.zeros((), dtype=exact, device=finite.device)] * len(grads))
-    squares = torch._foreach_mul(directions, directions)
-    torch._foreach_lerp_(vs, squares, ((1 - beta) * finite.to(exact)).unbind())
-    del grads, squares
+    # Tensors whose gradient is not finite stand aside: their gradient counts as 0, their v decays by 1.
+    directions = choose(finite, grads, [torch.zeros_like(peak[0])] * len(grads))
+    torch._foreach_mul_(vs, torch.ones_like(peak).masked_fill(finite, beta).unbind())
+    torch._foreach_addcmul_(vs, directions, directions, value=1 - beta)
+    del grads
 
     # 0/0, and g/0 where v underflowed, are no move.
     torch._foreach_div_(directions, torch._foreach_sqrt(vs))
@@ -267,10 +261,9 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     torch._foreach_mul_(directions, -lr.to(finite.device, exact) if isinstance(lr, Tensor) else -lr)
     torch._foreach_exp_(directions)
     torch._foreach_mul_(directions, weights)
-    bounds = _bound(torch.stack([state["max"] for state in states])).unbind()
     sums = _sums(group)
-    for param, weight, update, moves, bound in zip(params, weights, directions, moving, bounds, strict=True):
-        update = update.clamp_(-bound, bound)
+    for param, weight, update, moves, state in zip(params, weights, directions, moving, states, strict=True):
+        update = update.clamp_(-state["max"], state["max"])
         if sums is not None:
             update = constant_sum(update, *sums)
         param.copy_(torch.where(moves, update, weight))

@@ -217,7 +217,9 @@ def agd_treatment(role: Role, param: Tensor, table: RoleTable) -> dict[str, Any]
         treatment |= {"norm": "frobenius", "neuron_dim": role.neuron_dim, "stride": role.stride}
         treatment |= {"slices": role.slices, "groups": role.groups}
     elif kind in ("embedding", "position", "tied"):
-        treatment |= {"norm": "rows", "neuron_dim": role.neuron_dim, "radius": _rms(param) or 1.0}
+        treatment |= {"norm": "rows", "neuron_dim": role.neuron_dim}
+        if kind == "tied":  # as a head, rows of RMS 1 would be far too large
+            treatment |= {"radius": _rms(param) or 1.0}
     elif kind == "gain":
         treatment |= {"norm": "max", "share": VECTOR_SHARE}
     elif kind in ("bias", "shift"):
