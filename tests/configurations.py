@@ -260,7 +260,7 @@ def torch_rule(label: str, rule: Callable[..., Optimizer], **known: Any) -> Conf
 
 CONTROLS = (
     torch_rule("torch-sgd", torch.optim.SGD, options={"lr": 0.05, "momentum": 0.9}, exempt=SGD_BREAKS),
-    torch_rule("torch-adamw", torch.optim.AdamW, main=True, exempt=ADAM_BREAKS | DECAYS),
+    torch_rule("torch-adamw", torch.optim.AdamW, exempt=ADAM_BREAKS | DECAYS),
 )
 if hasattr(torch.optim, "Muon"):  # from torch 2.9
     MUON_BREAKS = {
