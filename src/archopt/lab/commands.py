@@ -23,9 +23,10 @@ from archopt.lab.data import default_data_folder, fetch, import_folder, list_set
 from archopt.lab.errors import LabError
 from archopt.lab.experiment import WorkloadChoice, make_workload, open_experiment, workload_class
 from archopt.lab.optimizers import ENTRIES, check_lr, parse_optimizer
+from archopt.lab.plan import Plan, parse_device, rates, show_metric
 from archopt.lab.progress import RunProgress, SweepProgress
 from archopt.lab.record import run_path
-from archopt.lab.sweep import Plan, parse_device, rates, show_metric, sweep
+from archopt.lab.sweep import sweep
 from archopt.lab.train import Settings, train
 from archopt.lab.user_files import describe, load_object
 from archopt.lab.workload import Workload
