@@ -4,9 +4,26 @@ from archopt import Nero
 optimizer = Nero(model)
 """
 
+from archopt import init
 from archopt._version import __version__
+from archopt.optim.agd import AGD
 from archopt.optim.base import ArchoptWarning
+from archopt.optim.constrain import constrain
+from archopt.optim.lamb import Lamb
+from archopt.optim.madam import Madam
 from archopt.optim.nero import Nero
+from archopt.project import project_
 from archopt.roles import parameter_roles
 
-__all__ = ["ArchoptWarning", "Nero", "__version__", "parameter_roles"]
+__all__ = [
+    "AGD",
+    "ArchoptWarning",
+    "Lamb",
+    "Madam",
+    "Nero",
+    "__version__",
+    "constrain",
+    "init",
+    "parameter_roles",
+    "project_",
+]

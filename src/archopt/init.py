@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from archopt.neurons import statistics_dtype
-from archopt.optim.oracles import PUBLISHED, Parts, agd_treatment, measure, nonzero, parts_of, shape_radius
+from archopt.optim.oracles import PUBLISHED, Parts, agd_treatment, measure, parts_of, shape_radius
 from archopt.roles import Overrides, parameter_roles
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -88,7 +88,7 @@ def _rows_of_rms(
     peak, size = measure(rows, dims)
     length = rms * math.sqrt(rows.numel() / max(peak.numel(), 1))
     occupied = weight.abs().amax(dim=dims, keepdim=True) > 0 if dims else weight != 0
-    return torch.where(occupied, rows / nonzero(peak) * (length / size), 0.0)
+    return torch.where(occupied, rows / peak * (length / size), 0.0)
 
 
 def _gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

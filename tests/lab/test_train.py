@@ -48,7 +48,8 @@ def test_the_record_has_what_the_report_reads(tmp_path: Path):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path, optimizer):
     lr = 0.02 if ENTRIES[optimizer].rate else None
-    run(tmp_path / "whole", optimizer=optimizer, lr=lr)
+    whole = run(tmp_path / "whole", optimizer=optimizer, lr=lr)
+    assert whole["status"] == "finished", whole["error"]
     for step in (1, 17, 40):
         with pytest.raises(Interrupted):
             run(tmp_path / "parts", optimizer=optimizer, lr=lr, watcher=StopAt(step))
@@ -111,9 +112,9 @@ def test_the_schedule_multiplies_the_rate_of_every_step(tmp_path: Path, rule):
     watcher = Rates(-1)
     original = module.Run.to_end
 
-    def spy(self, state):
+    def spy(self, folder, state):
         watcher.run = self
-        return original(self, state)
+        return original(self, folder, state)
 
     module.Run.to_end = spy
     try:
@@ -191,14 +192,14 @@ def test_gradients_are_clipped_where_asked(tmp_path: Path):
 def test_autocast_runs_forward_passes_in_bfloat16(tmp_path: Path):
     seen = set()
     experiment = toy(total=3)
-    build = experiment.workload.build
 
-    def spied():
-        model = build()
-        model[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
-        return model
+    class Spied(type(experiment.workload)):  # type: ignore[misc]
+        def build(self):
+            model = super().build()
+            model[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+            return model
 
-    experiment.workload.build = spied
+    experiment.workload.__class__ = Spied
     result = run(tmp_path, experiment, settings=Settings(threads=1, amp=True))
     assert (result["status"], seen) == ("finished", {torch.bfloat16})
 

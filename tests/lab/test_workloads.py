@@ -279,7 +279,7 @@ def test_mlp100_paper_has_the_published_sizes_and_settings() -> None:
     with torch.device("meta"):
         model = MnistMLP100().build()
     assert sizes(model) == (60_936_410, 200)
-    assert MnistMLP100.lrs == (1e-4, 1e-3, 1e-2, 1e-1)
+    assert set(MnistMLP100.lrs) >= {1e-4, 1e-3, 1e-2, 1e-1}
     rates = {name: settings["lr"] for name, settings in MnistMLP100.settings.items()}
     assert rates == {"nero": 1e-3, "lamb": 1e-2, "adam": 1e-3, "sgd": 1e-1}
 
@@ -346,14 +346,19 @@ def test_mnist_metric_survives_an_interruption_to_the_bit() -> None:
 
 
 @pytest.mark.data
-def test_cwn_learns_faster_with_small_raw_weights() -> None:
+def test_cwn_starts_as_the_published_runs() -> None:
+    """The authors' runs first score 0.9 at steps 12, 18, 12 with sigma 1, at 386 to 435 with sigma 100."""
     data = real_data("mnist")
-    small, large = (
-        train(loaded(MnistCWN(width=64, epochs=1, train_images=10_000, sigma=sigma), data), lr=1e-2)
-        for sigma in (1.0, 100.0)
-    )
-    assert small["test_accuracy"] > 0.85
-    assert large["test_accuracy"] < 0.6
+
+    def accuracies(sigma: float) -> list[float]:
+        workload = loaded(MnistCWN(sigma=sigma), data)
+        torch.manual_seed(0)
+        model = workload.build()
+        run = Run(workload, model, torch.optim.Adam(model.parameters(), 1e-2), seed=0)
+        return [workload.train_step(run, step)["accuracy"].item() for step in range(25)]
+
+    assert max(accuracies(1.0)) >= 0.9
+    assert max(accuracies(100.0)) < 0.4
 
 
 @pytest.mark.data

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from reference.nero import centre_and_normalise
+from reference.nero import Row, centre_and_normalise, norm, rows_of, tensor_of
 
 
 class MadamReference:
@@ -30,48 +30,54 @@ class MadamReference:
         self.beta, self.g_bound = beta, g_bound
         self.constant_sum, self.sum_scale, self.sum_power = constant_sum, sum_scale, sum_power
         self.zero_mean, self.unit_norm = zero_mean, unit_norm
-        self.weights = [w.double().clone(memory_format=torch.contiguous_format) for w in weights]
+        self.shapes = [w.shape for w in weights]
+        self.rows = [rows_of(w) for w in weights]
         self.maxima = []
-        for weight in self.weights:
-            squares = [w * w for w in weight.view(-1).tolist()]
-            self.maxima.append(p_scale * math.sqrt(math.fsum(squares) / len(squares)))
-        self.exp_avg_sq = [torch.zeros_like(w) for w in self.weights]
+        for weight, rows in zip(weights, self.rows, strict=True):
+            mean_square = norm([w for row in rows for w in row]) ** 2 / weight.numel()
+            self.maxima.append(p_scale * math.sqrt(mean_square))
+        self.exp_avg_sq = [[[0.0 for _ in row] for row in rows] for rows in self.rows]
         self.steps = [0 for _ in weights]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [tensor_of(rows, shape) for rows, shape in zip(self.rows, self.shapes, strict=True)]
 
     def step(self, gradients: list[Tensor | None], lr: float) -> None:
         for k, gradient in enumerate(gradients):
             if gradient is not None:
-                self._step_tensor(k, gradient.double(), lr)
+                self._step_tensor(k, rows_of(gradient), lr)
 
-    def _step_tensor(self, k: int, gradient: Tensor, lr: float) -> None:
+    def _step_tensor(self, k: int, gradient: list[Row], lr: float) -> None:
         self.steps[k] += 1
         correction = 1 - self.beta ** self.steps[k]
-        weight, v, bound = self.weights[k].view(-1), self.exp_avg_sq[k].view(-1), self.maxima[k]
-        for j, g in enumerate(gradient.reshape(-1).tolist()):
-            v[j] = self.beta * v[j] + (1 - self.beta) * g * g
-            rms = math.sqrt(float(v[j]) / correction)
-            direction = g / rms if rms > 0 else 0.0  # 0/0 is no move
-            direction = min(max(direction, -self.g_bound), self.g_bound)
-            w = float(weight[j])
-            sign = (w > 0) - (w < 0)
-            weight[j] = min(max(w * math.exp(-lr * direction * sign), -bound), bound)
+        bound = self.maxima[k]
+        for w, g, v in zip(self.rows[k], gradient, self.exp_avg_sq[k], strict=True):
+            for j in range(len(w)):
+                v[j] = self.beta * v[j] + (1 - self.beta) * g[j] ** 2
+                rms = math.sqrt(v[j] / correction)
+                direction = clamp(g[j] / rms, self.g_bound) if rms > 0 else 0.0  # 0/0 is no move
+                sign = (w[j] > 0) - (w[j] < 0)
+                w[j] = clamp(w[j] * math.exp(-lr * direction * sign), bound)
         if self.constant_sum:
-            self.weights[k] = constant_sum(self.weights[k], self.sum_scale, self.sum_power)
-        self.weights[k] = centre_and_normalise(self.weights[k], self.zero_mean, self.unit_norm)
+            self.rows[k] = constant_sum(self.rows[k], self.shapes[k], self.sum_scale, self.sum_power)
+        self.rows[k] = centre_and_normalise(self.rows[k], self.shapes[k], self.zero_mean, self.unit_norm)
 
 
-def constant_sum(weight: Tensor, scale: float, power: float) -> Tensor:
+def clamp(value: float, bound: float) -> float:
+    return min(max(value, -bound), bound)
+
+
+def constant_sum(rows: list[Row], shape: torch.Size, scale: float, power: float) -> list[Row]:
     """Positive entries of a row add up to a N^p, negative ones to -a N^p; N = rows (times kernel size in 4-D)."""
-    if weight.dim() == 1:
-        return weight.clamp(-100, 100)
-    if weight.dim() not in (2, 4):
-        return weight
-    size = weight.shape[0]
-    if weight.dim() == 4:
-        size *= weight.shape[2] * weight.shape[3]
-    rows = []
-    for row in weight.reshape(weight.shape[0], -1).tolist():
+    if len(shape) == 1:
+        return [[clamp(w, 100.0) for w in row] for row in rows]
+    if len(shape) not in (2, 4):
+        return rows
+    total = scale * (shape[0] * (shape[2] * shape[3] if len(shape) == 4 else 1)) ** power
+    result = []
+    for row in rows:
         positive = math.fsum(w for w in row if w > 0)
         negative = -math.fsum(w for w in row if w < 0)
-        rows.append([scale * size**power * w / (positive if w > 0 else negative) if w else w for w in row])
-    return torch.tensor(rows, dtype=torch.float64).view_as(weight)
+        result.append([total * w / (positive if w > 0 else negative) if w != 0 else w for w in row])
+    return result

@@ -32,6 +32,10 @@ def parameter(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.as_tensor(values, dtype=dtype).clone().requires_grad_()
 
 
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def numbers(text: str) -> list[float]:
     return [float(word) for word in text.split()]
 
@@ -88,38 +92,47 @@ def gradients_of(seed: int, *, dense: bool = False) -> list[list[Tensor | None]]
     return steps
 
 
-def rates() -> list[float]:
-    """A warm-up, a cosine and one step at zero."""
+def rates(pause: bool) -> list[float]:
+    """A warm-up and a cosine, with one step at zero if `pause`."""
     lrs = [0.03 * min(t + 1, 5) / 5 * (1.1 + math.cos(math.pi * t / STEPS)) / 2 for t in range(STEPS)]
-    lrs[20] = 0.0
+    if pause:
+        lrs[20] = 0.0
     return lrs
 
 
 def follow(
-    make: Callable[[list[Tensor]], torch.optim.Optimizer],
+    make: Callable[..., torch.optim.Optimizer],
     reference: Any,
     weights: list[Tensor],
     gradients: list[list[Tensor | None]],
-    dtype: torch.dtype,
     *,
     by_row: bool = True,
-) -> torch.optim.Optimizer:
-    """Steps an optimiser beside its reference and compares after each step, to a fraction of each row's norm."""
-    params = [parameter(w, dtype) for w in weights]
-    optimizer = make(params)
-    for t, (lr, step) in enumerate(zip(rates(), gradients, strict=True)):
-        for param, gradient in zip(params, step, strict=True):
-            param.grad = None if gradient is None else gradient.to(dtype)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+    pause: bool = True,
+) -> None:
+    """Steps `make(params, foreach=...)`, both forms in float64 and float32, beside a reference.
+
+    After each step the weights are compared, to a fraction of each row's norm, or of the tensor's.
+    """
+    runs = []
+    for dtype in TOLERANCE:
+        for foreach in (False, True):
+            params = [parameter(w, dtype) for w in weights]
+            runs.append((dtype, foreach, params, make(params, foreach=foreach)))
+    for t, (lr, step) in enumerate(zip(rates(pause), gradients, strict=True)):
         reference.step(step, lr)
-        for param, expected in zip(params, reference.weights, strict=True):
-            assert_near(param.detach().double(), expected, TOLERANCE[dtype], by_row, f"step {t + 1}")
-    return optimizer
+        expected = reference.weights
+        for dtype, foreach, params, optimizer in runs:
+            for param, gradient in zip(params, step, strict=True):
+                param.grad = None if gradient is None else gradient.to(dtype)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            label = f"step {t + 1}, {dtype}, {'foreach' if foreach else 'plain'}"
+            for param, weight in zip(params, expected, strict=True):
+                assert_near(param.detach().double(), weight, TOLERANCE[dtype], by_row, label)
 
 
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float, by_row: bool, label: str = "") -> None:
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, by_row: bool, label: str) -> None:
     """||actual - expected|| <= tolerance ||expected||, for each row (for the tensor, where it has no rows)."""
     rows = expected.shape[0] if by_row and expected.dim() > 1 else 1
     error = (actual - expected).reshape(rows, -1).norm(dim=1)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from archopt._version import __version__
 from archopt.lab.errors import Interrupted, LabError
+from archopt.optim.base import nearest
 
 DONE, RUN_FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 
@@ -75,11 +76,7 @@ def dispatch(args: list[str]) -> int:
         return DONE
     name, *rest = args
     if name not in COMMANDS:
-        import difflib  # not `nearest` of archopt.optim, which would wait for torch
-
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise LabError(f"no command {name!r}{hint} (there are {', '.join(COMMANDS)})")
+        raise LabError(f"no command {name!r}{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})")
     try:
         from archopt.lab import commands
     except ModuleNotFoundError as error:

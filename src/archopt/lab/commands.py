@@ -2,27 +2,35 @@
 
 import contextlib
 import dataclasses
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from torch import nn
 from tyro.conf import Positional, arg
 
 from archopt.lab import options
 from archopt.lab.calls import folder_name, parse_call, split_list
+from archopt.lab.data import default_data_folder, fetch, import_folder, list_sets
 from archopt.lab.errors import LabError
-
-if TYPE_CHECKING:  # torch takes seconds to import; `--help` and `report` do without it
-    from archopt.lab.experiment import WorkloadChoice
-    from archopt.lab.sweep import Plan
-    from archopt.lab.train import Settings
-    from archopt.lab.workload import Workload
+from archopt.lab.experiment import WorkloadChoice, make_workload, open_experiment, workload_class
+from archopt.lab.optimizers import ENTRIES, check_lr, parse_optimizer
+from archopt.lab.progress import RunProgress, SweepProgress
+from archopt.lab.record import run_path
+from archopt.lab.sweep import Plan, parse_device, rates, show_metric, sweep
+from archopt.lab.train import Settings, train
+from archopt.lab.user_files import describe, load_object
+from archopt.lab.workload import Workload
+from archopt.lab.workloads import registry
+from archopt.roles import parameter_roles
 
 OUT = Path("runs")
 
@@ -48,7 +56,7 @@ class Running:
     checkpoint_seconds: Annotated[float, arg(metavar="X")] = 20.0
     """Time between checkpoints."""
 
-    def settings(self) -> "Settings":
+    def settings(self) -> Settings:
         """How to run. Raises LabError for values out of range."""
         from archopt.lab.train import Settings
 
@@ -92,21 +100,19 @@ TRAIN_HELP = (
 
 def train_command(args: list[str]) -> int:
     """`archopt train`: one run, one record."""
-    asked = any(word in ("-h", "--help") for word in args)
+    help_wanted = "-h" in args or "--help" in args
     known, _ = options.parse_known(
         Train, [a for a in args if a not in ("-h", "--help")], prog="archopt train"
     )
     if not known.workload:
-        if asked:
+        if help_wanted:
             options.parse(Train, args, prog="archopt train", description=TRAIN_HELP)
         raise LabError("archopt train needs a workload: a name from `archopt list` or a file, ./mine.py")
-    train, choice = _with_workload_options(known, args)
-    return _train(train, choice)
+    return _train(*_with_workload_options(known, args))
 
 
-def _with_workload_options(known: Train, args: list[str]) -> tuple[Train, "WorkloadChoice"]:
+def _with_workload_options(known: Train, args: list[str]) -> tuple[Train, WorkloadChoice]:
     """Reads the arguments again, now that it is known which workload's options are among them."""
-    from archopt.lab.experiment import WorkloadChoice, make_workload, workload_class
 
     call = parse_call(known.workload)
     cls = workload_class(call.name)
@@ -129,19 +135,13 @@ def _with_workload_options(known: Train, args: list[str]) -> tuple[Train, "Workl
     )
 
 
-def _title(cls: "type[Workload]") -> str:
+def _title(cls: type[Workload]) -> str:
     """How the help heads a workload's own options."""
     name = "".join(character if character.isalnum() else "_" for character in cls.name)
     return name if name != "train" and name.isidentifier() else "workload"
 
 
-def _train(asked: Train, choice: "WorkloadChoice") -> int:
-    from archopt.lab.experiment import open_experiment
-    from archopt.lab.optimizers import check_lr, parse_optimizer
-    from archopt.lab.progress import RunProgress
-    from archopt.lab.record import run_path
-    from archopt.lab.sweep import parse_device, rates, show_metric
-    from archopt.lab.train import train
+def _train(asked: Train, choice: WorkloadChoice) -> int:
 
     settings = asked.settings()
     optimizer = parse_optimizer(asked.optimizer)
@@ -162,6 +162,8 @@ def _train(asked: Train, choice: "WorkloadChoice") -> int:
     metric = dataclasses.asdict(experiment.workload.metric)
     with RunProgress(console, title, metric) as progress, _stoppable(progress):
         result = train(experiment, optimizer, lr, asked.seed, settings, path, progress)
+    if not progress.begun and result["status"] != "failed":
+        console.print("the run has ended before; this is its record")
     if result["status"] == "failed":
         print(
             f"archopt: the run failed: {result['error']}; {path}/result.json has the traceback",
@@ -234,13 +236,11 @@ def compare_command(args: list[str]) -> int:
     asked = options.parse(Compare, args, prog="archopt compare", description=COMPARE_HELP)
     if not asked.workloads:
         raise LabError("archopt compare needs a workload: names from `archopt list` or files, ./mine.py")
-    return _compare(plan(asked, f"archopt compare {' '.join(args)}"))
+    return _compare(plan(asked, shlex.join(["archopt", "compare", *args])))
 
 
-def plan(asked: Compare, command: str) -> "Plan":
+def plan(asked: Compare, command: str) -> Plan:
     """What the options ask for. Raises LabError for what cannot be read."""
-    from archopt.lab.experiment import WorkloadChoice
-    from archopt.lab.sweep import Plan
 
     calls = [parse_call(text) for text in asked.workloads]
     names = "+".join(Path(call.name).stem for call in calls)
@@ -257,9 +257,7 @@ def plan(asked: Compare, command: str) -> "Plan":
     )
 
 
-def _compare(plan: "Plan") -> int:
-    from archopt.lab.progress import SweepProgress
-    from archopt.lab.sweep import sweep
+def _compare(plan: Plan) -> int:
 
     console = Console()
     with SweepProgress(console) as progress:
@@ -288,7 +286,7 @@ class Report:
     """Options of `archopt report`."""
 
     folder: Annotated[Positional[Path | None], arg(metavar="DIR")] = None
-    """The folder of a comparison: what `archopt compare` had as --out."""
+    """The folder of a comparison, or of runs: what `archopt compare` or `archopt train` had as --out."""
 
 
 def report_command(args: list[str]) -> int:
@@ -298,10 +296,8 @@ def report_command(args: list[str]) -> int:
     )
     folder = options.parse(Report, args, prog="archopt report", description=text).folder
     if folder is None:
-        raise LabError("archopt report needs a folder: the one that `archopt compare` had as --out")
-    if not (folder / "comparison.json").is_file():
         raise LabError(
-            f"{folder} is not a comparison (no comparison.json there); name the --out of a compare"
+            "archopt report needs a folder: what `archopt compare` or `archopt train` had as --out"
         )
     _show_report(folder, Console())
     return 0
@@ -322,8 +318,6 @@ def list_command(args: list[str]) -> int:
     """`archopt list`: what there is to train, with what, and on what data."""
     text = "Lists the workloads, the optimisers and the data sets, and says which of them can be used here."
     asked = options.parse(List, args, prog="archopt list", description=text)
-    from archopt.lab.optimizers import ENTRIES
-    from archopt.lab.workloads import registry
 
     console = Console()
     workloads = _table("workload", "what it is", "options")
@@ -349,7 +343,6 @@ def _table(*titles: str) -> Table:
 
 
 def _data_table(folder: Path | None) -> Table:
-    from archopt.lab.data import default_data_folder, list_sets
 
     table = _table("data set", "what it is", "licence", "where")
     for found in list_sets(default_data_folder(folder)):
@@ -373,7 +366,6 @@ def data_command(args: list[str]) -> int:
     """`archopt data`: where the sets lie, and how to get them there."""
     text = "Lists, downloads or copies data sets. Every file is checked before it is put in its place."
     asked = options.parse(Data, args, prog="archopt data", description=text)
-    from archopt.lab.data import default_data_folder, fetch, import_folder
 
     folder = default_data_folder(asked.data)
     console = Console()
@@ -402,7 +394,6 @@ def data_command(args: list[str]) -> int:
 @contextlib.contextmanager
 def _transfers(console: Console) -> Iterator[Any]:
     """A bar for every file that is transferred."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -430,10 +421,6 @@ def roles_command(args: list[str]) -> int:
     asked = options.parse(Roles, args, prog="archopt roles", description=text)
     if not asked.model:
         raise LabError("archopt roles needs a model: ./net.py:build, or package.module:name")
-    from torch import nn
-
-    from archopt.lab.user_files import describe, load_object
-    from archopt.roles import parameter_roles
 
     found = load_object(asked.model, expected="a function that returns a model")
     try:
@@ -464,13 +451,13 @@ class Demo:
 
 
 DEMO_OPTIMIZERS = "nero,agd,sgd,adamw,lamb,madam"
-DEMO_LRS = "0.0001,0.001,0.01,0.1,1"
+DEMO_LRS = "grid"
 
 
 def demo_command(args: list[str]) -> int:
     """`archopt demo`: `archopt compare digits`, in a size that ends within three minutes on two cores."""
     text = (
-        "Compares Nero and AGD with four others on 1,797 real handwritten digits that ship with archopt: five "
+        "Compares Nero and AGD with four others on 1,797 real handwritten digits that ship with archopt: nine "
         "learning rates, three seeds. Prints the table and the path of the page."
     )
     asked = options.parse(Demo, args, prog="archopt demo", description=text)

@@ -10,6 +10,7 @@ import tyro
 
 from archopt.lab.calls import split_list
 from archopt.lab.errors import LabError
+from archopt.optim.base import nearest
 
 Options = TypeVar("Options")
 
@@ -61,21 +62,18 @@ def flags(kind: type[Any]) -> list[str]:
 
 
 def _unknown(tokens: list[str], known: list[str], prog: str) -> str:
-    import difflib
-
     token = next((t for t in tokens if t.startswith("-")), tokens[0])
-    name = token.partition("=")[0].replace("_", "-")
     if not token.startswith("-"):
         return f"{prog} does not know what to do with {token!r}; see {prog} --help"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{prog} has no option {name}; {f'did you mean {near[0]}?' if near else f'see {prog} --help'}"
+    name = token.partition("=")[0].replace("_", "-")
+    return f"{prog} has no option {name}{nearest(name, known) or f'; see {prog} --help'}"
 
 
 def _in_one_line(box: str) -> str:
     """What tyro says in a box of several lines, without the box and its advice."""
     text = " ".join(re.sub(r"[─-╿]+", " ", box).split())
     text = re.split(r"Argument helptext:|For full helptext", text)[0].strip(" .")
-    if found := re.search(r"Error parsing (\S+): .*\['(.*?)'\]", text):
+    if found := re.search(r"Error parsing (\S+): .*'([^']*)'\W*$", text):
         return f"{found[1]} cannot be {found[2]!r}; see --help for what it can be"
     return re.sub(r"^(Value error|Parsing error|Invalid choice|Missing argument)\s*", "", text)
 

@@ -74,12 +74,14 @@ class SweepProgress:
         if self._running.get(worker) is not spec:
             self._running[worker] = spec
             self._progress.reset(task, description=f"  {escape(spec.title)}", total=spec.steps)
-        self._progress.update(task, completed=step, metric=shown)
+        self._progress.update(task, completed=step, metric=shown, visible=True)
 
     def ended(self, worker: int, spec: RunSpec, status: str, message: str) -> None:
         """Moves the bar of all runs; a line tells of runs that did not finish, and of all without a terminal."""
         self._done += 1
         self._progress.advance(self._all)
+        if worker in self._workers:
+            self._progress.update(self._workers[worker], visible=False)  # until it has the next run
         if status != "finished" or not self._console.is_terminal:
             self._console.print(
                 f"[{self._done}/{self._runs}] {escape(spec.title)}: [{_COLORS[status]}]{status}[/], "
@@ -97,6 +99,7 @@ class RunProgress(Watcher):
         self._progress = _bars(console)
         self._next = 0.0
         self._steps = 0
+        self.begun = False
         self.stop_requested = False
 
     def __enter__(self) -> Self:
@@ -110,6 +113,7 @@ class RunProgress(Watcher):
 
     def begin(self, step: int, steps: int) -> None:
         """Says where the run starts."""
+        self.begun = True
         if step:
             self._console.print(f"goes on from step {step:,}")
         self._steps = steps

@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -30,7 +30,6 @@ from archopt.lab.record import (
     FORMAT,
     RunFolder,
     explained,
-    read_json,
     run_path,
     stored_result,
     write_json,
@@ -109,7 +108,7 @@ class Outcome:
 # -- what there is to run ----------------------------------------------------------------------------------
 
 
-def rates(asked: Rates, choice: Choice, experiment: Experiment) -> list[float | None]:
+def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[float | None]:
     """The learning rates at which an optimiser is run on a workload.
 
     A rule without a rate is run once, one with its rate in the brackets at that rate. The default is tried in every
@@ -131,7 +130,7 @@ def rates(asked: Rates, choice: Choice, experiment: Experiment) -> list[float | 
         return [default]
     grid = experiment.workload.lrs if asked == "grid" else [check_lr(choice.entry, lr) for lr in asked]
     tried = {float(lr) for lr in grid if isinstance(lr, int | float)}
-    return list(sorted(tried if default is None else tried | {default}))
+    return sorted(tried if default is None else tried | {default})
 
 
 def check_choice(experiment: Experiment, choice: Choice, lrs: Sequence[float | None]) -> str | None:
@@ -155,27 +154,30 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
     choices = _distinct("optimiser", [parse_optimizer(text) for text in plan.optimizers])
     device = parse_device(plan.settings.device)
     specs: list[RunSpec] = []
-    described: list[dict[str, Any]] = []
-    published: dict[str, dict[str, float]] = {choice.label: {} for choice in choices}
+    workloads: list[dict[str, Any]] = []
+    optimizers = {choice.label: _describe_optimizer(choice) for choice in choices}
     refused: dict[str, list[str]] = {choice.label: [] for choice in choices}
     for workload in plan.workloads:
         experiment = open_experiment(workload, plan.data, torch.device("cpu"))
-        if any(known["folder"] == experiment.folder for known in described):
+        if any(known["folder"] == experiment.folder for known in workloads):
             raise LabError(f"workload {workload.name!r} is given twice; name each once")
-        described.append(_describe(experiment))
+        workloads.append(_describe(experiment))
+        name, settings = experiment.workload.name, experiment.workload.settings
         for choice in choices:
             lrs = rates(plan.lrs, choice, experiment)
             if reason := check_choice(experiment, choice, lrs):
                 refused[choice.label].append(reason)
-            if (lr := choice.published_lr(experiment.workload.settings)) is not None:
-                published[choice.label][experiment.workload.name] = lr
+            told = optimizers[choice.label]
+            told["lrs"][name] = [lr for lr in lrs if lr is not None]
+            if (lr := choice.published_lr(settings)) is not None:
+                told["published_lr"][name] = lr
             specs += _specs(plan, workload, experiment, choice, lrs, device)
     for reasons in refused.values():
         if len(reasons) == len(plan.workloads):
             raise LabError(reasons[0])
     for spec in specs:
         stored_result(spec.path, spec.config)  # refuses a folder that holds a different run
-    _write_comparison(plan, described, choices, published)
+    _write_comparison(plan, workloads, optimizers)
     return sorted(specs, key=lambda spec: plan.seeds.index(spec.seed))
 
 
@@ -211,6 +213,17 @@ def _specs(
             )
 
 
+def _describe_optimizer(choice: Choice) -> dict[str, Any]:
+    return {
+        "label": choice.label,
+        "name": choice.entry.name,
+        "default_lr": choice.default_lr,
+        "rate": choice.entry.rate,
+        "published_lr": {},
+        "lrs": {},
+    }
+
+
 def _describe(experiment: Experiment) -> dict[str, Any]:
     workload = experiment.workload
     return {
@@ -224,45 +237,20 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
 
 
 def _write_comparison(
-    plan: Plan,
-    workloads: list[dict[str, Any]],
-    choices: list[Choice],
-    published: Mapping[str, Mapping[str, float]],
+    plan: Plan, workloads: list[dict[str, Any]], optimizers: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Writes `comparison.json`. What an earlier comparison put into the same folder stays part of it."""
-    path = plan.out / COMPARISON
+    """Writes `comparison.json`: what this command asks for, whatever else the folder holds."""
     with explained(plan.out):
         plan.out.mkdir(parents=True, exist_ok=True)
-    before = read_json(path) if path.exists() else {}
-    optimizers: list[dict[str, Any]] = [
-        {
-            "label": choice.label,
-            "name": choice.entry.name,
-            "default_lr": choice.default_lr,
-            "rate": choice.entry.rate,
-            "published_lr": dict(published[choice.label]),
-        }
-        for choice in choices
-    ]
-    for entry in optimizers:
-        for old in before.get("optimizers", []):
-            if old["label"] == entry["label"]:
-                entry["published_lr"] = {**old["published_lr"], **entry["published_lr"]}
-    lrs: Any = plan.lrs if isinstance(plan.lrs, str) else [float(lr) for lr in plan.lrs]
     content = {
         "format": FORMAT,
         "command": plan.command,
-        "workloads": _joined(before.get("workloads", []), workloads, "folder"),
-        "optimizers": _joined(before.get("optimizers", []), optimizers, "label"),
-        "lrs": lrs,
-        "seeds": sorted({*before.get("seeds", []), *plan.seeds}),
+        "workloads": workloads,
+        "optimizers": list(optimizers.values()),
+        "lrs": plan.lrs,
+        "seeds": list(plan.seeds),
     }
-    write_json(path, content)
-
-
-def _joined(before: list[dict[str, Any]], now: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    fresh = {entry[key] for entry in now}
-    return [entry for entry in before if entry[key] not in fresh] + now
+    write_json(plan.out / COMPARISON, content)
 
 
 def parse_device(text: str) -> torch.device:
@@ -284,47 +272,70 @@ def parse_device(text: str) -> torch.device:
 
 
 class _Reporter(Watcher):
-    """Tells the sweep how a run goes, not too often."""
+    """Tells the sweep how a run goes, not too often, and hears from it when to stop."""
 
     def __init__(self, connection: Connection, stop: Any) -> None:
         self._connection, self._stop = connection, stop
         self._next = 0.0
         self._key: str = ""
-        self.metric: float | None = None
+        self._metric: float | None = None
+        self.busy = False
+        self.told_to_stop = False
 
     def follow(self, spec: RunSpec) -> None:
-        self._next, self._key, self.metric = 0.0, spec.metric["key"], None
+        self._next, self._key, self._metric = 0.0, spec.metric["key"], None
+
+    def terminate(self, number: int, frame: Any) -> None:
+        """What a worker does on SIGTERM: a busy one writes a checkpoint first."""
+        self.told_to_stop = True
+        if not self.busy:
+            raise SystemExit(0)
+
+    def _tell(self, step: int) -> bool:
+        try:
+            self._connection.send(("step", step, self._metric))
+        except OSError:  # the sweep is dead; what it began is kept for the next one
+            return True
+        return self.told_to_stop or bool(self._stop.is_set())
 
     def begin(self, step: int, steps: int) -> None:
-        self._connection.send(("step", step, None))
+        self._tell(step)
 
     def step(self, step: int, now: float) -> bool:
-        if now < self._next:
+        if now < self._next and not self.told_to_stop:
             return False
         self._next = now + REPORT_EVERY
-        self._connection.send(("step", step, self.metric))
-        return bool(self._stop.is_set())
+        return self._tell(step)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        self.metric = line["eval"].get(self._key)
+        self._metric = line["eval"].get(self._key)
 
 
 def worker(connection: Connection, stop: Any, threads: int) -> None:
-    """Takes runs from the connection and does them until it is told None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep hears of it and says so through `stop`
-    torch.set_num_threads(threads)
+    """Takes runs from the connection and does them until it is told None, or until the sweep is gone."""
     reporter = _Reporter(connection, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep hears of it and says so through `stop`
+    signal.signal(signal.SIGTERM, reporter.terminate)
+    torch.set_num_threads(threads)
     experiments: dict[str, Experiment] = {}
-    while (spec := connection.recv()) is not None:
-        try:
-            connection.send(_one(spec, reporter, experiments))
-        except Interrupted:
-            connection.send(("interrupted", None, ""))
-        except RecordError as error:
-            connection.send(("stuck", None, str(error)))
-        except Exception as error:  # bad input and data errors among them: the sweep records it
-            message = str(error) if isinstance(error, LabError | DataError) else describe(error)
-            connection.send(("refused", None, message))
+    with suppress(EOFError, OSError):
+        while (spec := connection.recv()) is not None:
+            reporter.busy = True
+            connection.send(_attempt(spec, reporter, experiments))
+            reporter.busy = False
+
+
+def _attempt(spec: RunSpec, reporter: _Reporter, experiments: dict[str, Experiment]) -> tuple[str, Any, str]:
+    """Does a run and says how it ended: the status, the metric, the error."""
+    try:
+        return _one(spec, reporter, experiments)
+    except Interrupted:
+        return "refused", None, "the worker process was told to stop"
+    except RecordError as error:
+        return "stuck", None, str(error)
+    except Exception as error:  # bad input and data errors among them: the sweep records it
+        message = str(error) if isinstance(error, LabError | DataError) else describe(error)
+        return "refused", None, message
 
 
 def _one(spec: RunSpec, reporter: _Reporter, experiments: dict[str, Experiment]) -> tuple[str, Any, str]:
@@ -493,9 +504,8 @@ def _count(
 
 def _death(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        hint = "; the system kills processes when memory runs out" if name == "SIGKILL" else ""
-        return f"the worker process died ({name}{hint})"
+        hint = "; the system does that when memory runs out" if exit_code == -signal.SIGKILL else ""
+        return f"the worker process died ({signal.strsignal(-exit_code) or f'signal {-exit_code}'}{hint})"
     return f"the worker process died (exit status {exit_code})"
 
 

@@ -21,7 +21,7 @@ from archopt.lab import measure, seeds
 from archopt.lab.errors import Interrupted, LabError
 from archopt.lab.experiment import Experiment
 from archopt.lab.optimizers import Choice, numbers, state_bytes
-from archopt.lab.record import FORMAT, RunFolder
+from archopt.lab.record import FORMAT, RunFolder, stored_result
 from archopt.lab.user_files import describe
 
 CHECK_EVERY = 50  # steps between looks at a loss that lives on a device, since a look waits for the device
@@ -125,20 +125,26 @@ def train(
     Raises LabError where the run cannot be as asked for, RecordError where the record cannot be written, and
     Interrupted, after a checkpoint, where the watcher asks to stop.
     """
-    threads = torch.get_num_threads()
     config = run_config(experiment, choice, lr, seed, settings)
-    with RunFolder(path, config) as folder:
-        if folder.result is not None:
-            return folder.result
-        state = folder.load_checkpoint()
-        torch.set_num_threads(settings.threads or (state["threads"] if state else threads))
-        try:
-            run = Run(experiment, choice, lr, seed, settings, folder, watcher or Watcher())
-            result = run.to_end(state)
-        finally:
-            torch.set_num_threads(threads)
-        folder.finish(result)
-        return result
+    if (ended := stored_result(path, config)) is not None:
+        return ended
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or threads)
+    try:
+        run = Run(
+            experiment, choice, lr, seed, settings, watcher or Watcher()
+        )  # what it refuses leaves no trace
+        with RunFolder(path, config) as folder:
+            if folder.result is not None:  # another process has been quicker
+                return folder.result
+            state = folder.load_checkpoint()
+            if state is not None and settings.threads is None:
+                torch.set_num_threads(state["threads"])
+            result = run.to_end(folder, state)
+            folder.finish(result)
+            return result
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Means:
@@ -202,7 +208,6 @@ class Run:
         lr: float | None,
         seed: int,
         settings: Settings,
-        folder: RunFolder,
         watcher: Watcher,
     ) -> None:
         # A copy, so that what `build` and the steps hang on a workload does not reach the process's next run.
@@ -210,7 +215,7 @@ class Run:
         self.seed = seed
         self.clip_norm = clip_norm(experiment, settings)
         self._choice, self._lr, self._settings = choice, lr, settings
-        self._folder, self._watcher = folder, watcher
+        self._watcher = watcher
         self._device = experiment.device
         self._peak = measure.PeakMemory(self._device)
         self._clock = measure.clock_for(self._device)
@@ -275,8 +280,9 @@ class Run:
             torch.autocast(kind, enabled=False) if amp else nullcontext()
         )
 
-    def to_end(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
+    def to_end(self, folder: RunFolder, state: Mapping[str, Any] | None) -> dict[str, Any]:
         """Trains to the end, from a checkpoint where there is one, and returns the result."""
+        self._folder = folder
         try:
             if state is not None:
                 self._load_state(state)

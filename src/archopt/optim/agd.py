@@ -22,7 +22,6 @@ from archopt.optim import oracles
 from archopt.optim.base import (
     ArchOptimizer,
     Params,
-    Rate,
     check_forms,
     check_range,
     statistics_like,
@@ -44,7 +43,7 @@ def agd_update(weight: Tensor, grad: Tensor, peak: Tensor, size: Tensor, distanc
 
     An entry whose update is zero keeps its bits; so does a part that is zero or not finite.
     """
-    update = torch.where(size > 0, distance / size * (grad / oracles.nonzero(peak)), 0.0)
+    update = torch.where(size > 0, distance / size * (grad / peak), 0.0)
     return torch.where(update == 0, weight, weight - update)
 
 
@@ -55,20 +54,16 @@ class Block(NamedTuple):
     grad: Tensor  # its gradient, as parts
     dims: tuple[int, ...]  # what a part sums over
     reach: float  # m r f: how far a step of eta = 1 moves each part
-    rate: Rate  # gain * lr; negative to ascend
+    pace: float  # gain * lr; negative to ascend
+    lr: Tensor | None  # the learning rate where it is a tensor, and then not in `pace`
 
     def exact_grad(self) -> Tensor:
         """The gradient in float32 or wider."""
         return self.grad.to(statistics_like(self.weight))
 
-    def term(self, peak: Tensor, size: Tensor) -> Tensor:
-        """m r ||g||*, the block's term of G, 0-d."""
-        exact = scalar_dtype(peak.device)
-        return self.reach * (peak.to(exact) * size.to(exact)).sum()
-
-    def distance(self, eta: Tensor) -> Tensor:
-        """How far each part moves, 0-d, on the block's device."""
-        return (eta * self.rate * self.reach).to(self.weight.device, statistics_like(self.weight))
+    def paced(self, eta: Tensor) -> Tensor:
+        """eta, times the learning rate if that is a tensor."""
+        return eta if self.lr is None else eta * self.lr
 
 
 Move = Callable[[Tensor], None]
@@ -152,7 +147,7 @@ class AGD(ArchOptimizer):
 
     def _reset_report(self) -> None:
         device = self._home()
-        self._eta = torch.full((), float("nan"), dtype=scalar_dtype(device), device=device)
+        self._eta = torch.full((), float("nan"), dtype=oracles.scalar_dtype(device), device=device)
         self._gradient_summary = self._eta.clone()
         self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -192,14 +187,16 @@ class AGD(ArchOptimizer):
         batched: list[Block] = []
         for group, params in groups:
             params = [param for param in params if param.grad is not None]
-            rate = _scalar(group["lr"]) * _scalar(group["gain"]) * (-1.0 if group["maximize"] else 1.0)
+            lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else None
+            pace = (1.0 if lr is not None else group["lr"]) * group["gain"]
+            pace = -pace if group["maximize"] else pace
             blocks = batched if takes_foreach(group) else plain
             for param in params:
                 assert param.grad is not None
                 parts = oracles.parts_of(param.shape, group)
                 reach = group["share"] / total * oracles.radius_of(param.shape, group) * parts.length
                 weight, grad = parts.view(param), parts.view(param.grad)
-                blocks.append(Block(weight, grad, parts.dims, reach, rate))
+                blocks.append(Block(weight, grad, parts.dims, reach, pace, lr))
         return plain, batched
 
     def _update(self) -> None:
@@ -234,19 +231,20 @@ class AGD(ArchOptimizer):
 
 
 def _single_tensor_agd(blocks: list[Block]) -> tuple[list[Tensor], list[Move]]:
-    """The terms of G, and what moves each block once eta is known."""
+    """The terms m r ||g||* of G, and what moves each block once eta is known."""
 
     def move(block: Block, peak: Tensor, size: Tensor, eta: Tensor) -> None:
         grad = block.exact_grad()
         weight = block.weight.to(grad.dtype)
-        block.weight.copy_(agd_update(weight, grad, peak, size, block.distance(eta)))
+        distance = (block.paced(eta) * (block.reach * block.pace)).to(grad.device, grad.dtype)
+        block.weight.copy_(agd_update(weight, grad, peak, size, distance))
 
     terms: list[Tensor] = []
     moves: list[Move] = []
     for block in blocks:
-        size = oracles.measure(block.exact_grad(), block.dims)
-        terms.append(block.term(*size))
-        moves.append(partial(move, block, *size))
+        peak, size = oracles.measure(block.exact_grad(), block.dims)
+        terms.append(block.reach * oracles.dual(peak, size))
+        moves.append(partial(move, block, peak, size))
     return terms, moves
 
 
@@ -266,19 +264,21 @@ def _foreach_agd(blocks: list[Block]) -> tuple[list[Tensor], list[Move]]:
 
 
 def _foreach_bucket(blocks: list[Block], whole: bool) -> tuple[list[Tensor], Move]:
-    grads = [block.exact_grad() for block in blocks]
+    grads, dims = [block.exact_grad() for block in blocks], [block.dims for block in blocks]
+    peaks = [grad.abs().amax() for grad in grads] if whole else list(map(oracles.largest, grads, dims))
+    torch._foreach_clamp_min_(peaks, torch.finfo(grads[0].dtype).tiny)
+    units = list(torch._foreach_div(grads, peaks))
+    sizes = list(torch._foreach_norm(units, 2.0) if whole else map(oracles.norm, units, dims))
     if whole:
-        peaks = list(torch._foreach_norm(grads, float("inf")))
+        duals = list(oracles.products(torch.stack(peaks), torch.stack(sizes)).unbind())
     else:
-        peaks = [oracles.largest(grad, block.dims) for grad, block in zip(grads, blocks, strict=True)]
-    units = list(torch._foreach_div(grads, [oracles.nonzero(peak) for peak in peaks]))
-    if whole:
-        sizes = list(torch._foreach_norm(units, 2.0))
-    else:
-        sizes = [oracles.norm(unit, block.dims) for unit, block in zip(units, blocks, strict=True)]
+        duals = list(map(oracles.dual, peaks, sizes))
+    terms = torch._foreach_mul(duals, [block.reach for block in blocks])
 
     def move(eta: Tensor) -> None:
-        factors = [block.distance(eta) / size for block, size in zip(blocks, sizes, strict=True)]
+        paces = [block.reach * block.pace for block in blocks]
+        distances = torch.stack(torch._foreach_mul([block.paced(eta) for block in blocks], paces))
+        factors = torch._foreach_div(distances.to(peaks[0].device, peaks[0].dtype).unbind(), sizes)
         torch._foreach_mul_(units, factors)
         for unit, size in zip(units, sizes, strict=True):
             unit.masked_fill_(~(size > 0), 0.0)  # parts that are zero or not finite
@@ -289,14 +289,4 @@ def _foreach_bucket(blocks: list[Block], whole: bool) -> tuple[list[Tensor], Mov
         if exact[0] is not weights[0]:
             torch._foreach_copy_(weights, exact)
 
-    return [block.term(*each) for block, *each in zip(blocks, peaks, sizes, strict=True)], move
-
-
-def scalar_dtype(device: torch.device) -> torch.dtype:
-    """The type of G and eta: float64 where the device has it, in which no float32 gradient overflows."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _scalar(value: Rate) -> Rate:
-    """A number, or the 0-d form of a tensor of one element."""
-    return value.reshape(()) if isinstance(value, Tensor) else value
+    return list(terms), move

@@ -189,13 +189,16 @@ class ArchOptimizer(Optimizer):
         torch casts float state to the type of its parameter, which would cut the float32 statistics of bfloat16
         weights to 8 bits; here they are put back from the state dict as the pre-hooks left it.
 
+        An option that the state dict lacks, because it is older than the option, keeps its value in the group.
+
         Raises ValueError where the state belongs to another optimiser or to weights of another shape.
         """
         final: dict[str, Any] = {}
 
-        def see(_: Optimizer, loaded: dict[str, Any]) -> None:
-            final.update(loaded)
-            self._check_loaded(loaded)
+        def see(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            final.update(self._completed(loaded))
+            self._check_loaded(final)
+            return final
 
         def restore(_: Optimizer) -> None:
             for param, saved in self._matched(final):
@@ -212,6 +215,19 @@ class ArchOptimizer(Optimizer):
             before.remove()
             after.remove()
 
+    def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict with the options that it lacks, as the groups have them."""
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            return state_dict  # torch refuses it
+        options = (
+            {k: v for k, v in g.items() if k not in ("params", "param_names")} for g in self.param_groups
+        )
+        return {
+            **state_dict,
+            "param_groups": [own | saved for own, saved in zip(options, groups, strict=True)],
+        }
+
     def _matched(self, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any]]]:
         """Parameters with their saved state, matched by position as torch matches them."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
@@ -226,6 +242,11 @@ class ArchOptimizer(Optimizer):
                 if not saved:
                     continue
                 expected = self._init_state(param.detach(), group)
+                if foreign := [str(name) for name in saved if name not in self.state_names]:
+                    raise ValueError(
+                        f"the state dict is not {type(self).__name__}'s: state of parameter {index} holds "
+                        f"{', '.join(foreign)}, expected {', '.join(self.state_names) or 'no state'}"
+                    )
                 if missing := [name for name in self.state_names if name not in saved]:
                     raise ValueError(
                         f"the state dict is not {type(self).__name__}'s: state of parameter {index} lacks "

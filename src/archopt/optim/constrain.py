@@ -45,6 +45,16 @@ def constrain(
 
     Raises TypeError where `optimizer` is not a torch optimiser or an option not a flag, ValueError where it is
     constrained already.
+
+    Example:
+        >>> import torch
+        >>> from archopt.optim.constrain import constrain
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = constrain(torch.optim.AdamW(model.parameters()))
+        >>> model(torch.randn(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> bool(torch.allclose(model.weight.norm(dim=1), torch.ones(4)))
+        True
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -75,7 +85,7 @@ class Constraint:
         self.zero_mean = zero_mean
         self.unit_norm = unit_norm
         self._optimizer = weakref.ref(optimizer)
-        self._before: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._before: list[tuple[Tensor, tuple[int, ...], Tensor, Tensor]] = []
         self._handles = (
             optimizer.register_step_pre_hook(self._record),
             optimizer.register_step_post_hook(self._project_changed),
@@ -104,15 +114,14 @@ class Constraint:
     @torch.no_grad()
     def _record(self, optimizer: Optimizer, *_: Any) -> None:
         """Before a step: mean and norm of every row, by which a change is seen without a copy of the model."""
-        self._before = {p: (row_mean(p, dims), row_norm(p, dims)) for p, dims in _neurons(optimizer)}
+        self._before = [(p, dims, row_mean(p, dims), row_norm(p, dims)) for p, dims in _neurons(optimizer)]
 
     @torch.no_grad()
     def _project_changed(self, optimizer: Optimizer, *_: Any) -> None:
-        before, self._before = self._before, {}
-        for param, dims in _neurons(optimizer):
-            if param.grad is None or param not in before:
+        before, self._before = self._before, []
+        for param, dims, mean, norm in before:
+            if param.grad is None:
                 continue
-            mean, norm = before[param]
             changed = (row_mean(param, dims) != mean) | (row_norm(param, dims) != norm)
             param.copy_(constrained(param, changed, dims, zero_mean=self.zero_mean, unit_norm=self.unit_norm))
 
@@ -133,7 +142,8 @@ def constrained(
 def _neurons(optimizer: Optimizer) -> list[tuple[Tensor, tuple[int, ...]]]:
     """The tensors that hold neurons, with the dimensions that a neuron sums over."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()]
-    return [(p, dims) for p in params if (dims := fan_in_dims(p.shape))]
+    pairs = [(p, fan_in_dims(p.shape)) for p in params]
+    return [(p, dims) for p, dims in pairs if dims]
 
 
 # -- copies ------------------------------------------------------------------------------------------------
@@ -146,13 +156,14 @@ class _Constrained:
     constraint: Constraint
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = super().__getstate__()
         options = self.constraint.zero_mean, self.constraint.unit_norm
-        return _blank, (_plain_class(type(self)),), (state, options)
+        return _blank, (_plain_class(type(self)),), {**super().__getstate__(), "constraint": options}  # type: ignore[dict-item]
 
-    def __setstate__(self, state: tuple[Any, tuple[bool, bool]]) -> None:
-        super().__setstate__(state[0])  # type: ignore[misc]
-        self.constraint = Constraint(cast(Optimizer, self), *state[1])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict comes through here too, with the state and the groups alone.
+        super().__setstate__({k: v for k, v in state.items() if k != "constraint"})  # type: ignore[misc]
+        if "constraint" in state:
+            self.constraint = Constraint(cast(Optimizer, self), *state["constraint"])
 
 
 @functools.cache

@@ -252,9 +252,14 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     finite = torch.isfinite(peak.square())
     counts = finite & ((peak > 0) | (torch.stack([state["adam_norm"] for state in states]) > 0))
 
-    # Averaging a statistic with itself leaves its bits: that is how tensors that are not finite stand aside.
-    torch._foreach_lerp_(vs, choose(finite, torch._foreach_mul(grads, grads), vs), 1 - beta2)
-    torch._foreach_lerp_(ms, choose(finite, grads, ms), 1 - beta1)
+    # Tensors whose gradient is not finite stand aside: their statistics decay by 1, and -0 added to a number
+    # leaves its bits.
+    grads = choose(finite, grads, [torch.full_like(peak[0], -0.0)] * len(grads))
+    torch._foreach_mul_(ms, torch.ones_like(peak).masked_fill(finite, beta1).unbind())
+    torch._foreach_add_(ms, grads, alpha=1 - beta1)
+    torch._foreach_mul_(vs, torch.ones_like(peak).masked_fill(finite, beta2).unbind())
+    torch._foreach_addcmul_(vs, grads, grads, value=1 - beta2)
+    del grads
 
     firsts, seconds = ms, vs
     if group["bias_correction"]:
@@ -267,6 +272,7 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     if group["eps"] == 0:
         denominators = [_nonzero(denominator) for denominator in denominators]
     us = torch._foreach_div(firsts, denominators)
+    del denominators
     if group["weight_decay"]:
         torch._foreach_add_(us, weights, alpha=group["weight_decay"])
 

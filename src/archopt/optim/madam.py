@@ -69,14 +69,16 @@ def madam_update(
     updated = (weight * torch.exp(-lr * direction * weight.sign())).clamp(-maximum, maximum)
     if sums is not None:
         updated = constant_sum(updated, *sums)
-    return torch.where(_moves(weight, direction) & (lr != 0), updated, weight), v, finite
+    return torch.where(_moves(direction) & (lr != 0), updated, weight), v, finite
 
 
-def _moves(weight: Tensor, direction: Tensor) -> Tensor:
-    """Which weights the step touches: those that are not zero, in rows that have somewhere to go."""
-    dims = fan_in_dims(weight.shape)
-    turned = direction != 0
-    return (turned.any(dim=dims, keepdim=True) if dims else turned) & (weight != 0)
+def _moves(direction: Tensor) -> Tensor:
+    """For each row (each entry of a vector), whether it has anywhere to go."""
+    dims = fan_in_dims(direction.shape)
+    if not dims:
+        return direction != 0
+    largest: Tensor = torch.linalg.vector_norm(direction, torch.inf, dim=dims, keepdim=True)
+    return largest > 0
 
 
 def constant_sum(weight: Tensor, scale: float, power: float) -> Tensor:
@@ -236,32 +238,33 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     vs = [state["exp_avg_sq"] for state in states]
-    finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, torch.inf)).square())
+    peak = torch.stack(torch._foreach_norm(grads, torch.inf))
+    finite = torch.isfinite(peak.square())
 
-    # Averaging v with itself leaves its bits: that is how tensors that are not finite stand aside.
-    torch._foreach_lerp_(vs, choose(finite, torch._foreach_mul(grads, grads), vs), 1 - beta)
+    # Tensors whose gradient is not finite stand aside: their gradient counts as 0, their v decays by 1.
+    directions = choose(finite, grads, [torch.zeros_like(peak[0])] * len(grads))
+    torch._foreach_mul_(vs, torch.ones_like(peak).masked_fill(finite, beta).unbind())
+    torch._foreach_addcmul_(vs, directions, directions, value=1 - beta)
+    del grads
 
-    # 0/0, g/0 where v underflowed and whatever is not finite are no move; so is a tensor whose factor is 0.
-    directions = torch._foreach_div(grads, torch._foreach_sqrt(vs))
+    # 0/0, and g/0 where v underflowed, are no move.
+    torch._foreach_div_(directions, torch._foreach_sqrt(vs))
     for direction in directions:
         direction.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     corrections = bias_correction(beta, torch.stack([state["step"] for state in states])).sqrt()
-    factors = torch.where(finite, corrections.to(finite.device, exact), 0.0)
-    torch._foreach_mul_(directions, factors.unbind())
+    torch._foreach_mul_(directions, corrections.to(finite.device, exact).unbind())
     torch._foreach_clamp_min_(directions, -group["g_bound"])
     torch._foreach_clamp_max_(directions, group["g_bound"])
-    moving = [_moves(w, d) & (lr != 0) for w, d in zip(weights, directions, strict=True)]
+    moving = [_moves(direction) & (lr != 0) for direction in directions]
 
     torch._foreach_mul_(directions, torch._foreach_sign(weights))
     torch._foreach_mul_(directions, -lr.to(finite.device, exact) if isinstance(lr, Tensor) else -lr)
     torch._foreach_exp_(directions)
     torch._foreach_mul_(directions, weights)
     sums = _sums(group)
-    updates = []
-    for weight, update, moves, state in zip(weights, directions, moving, states, strict=True):
-        update = update.clamp(-state["max"], state["max"])
+    for param, weight, update, moves, state in zip(params, weights, directions, moving, states, strict=True):
+        update = update.clamp_(-state["max"], state["max"])
         if sums is not None:
             update = constant_sum(update, *sums)
-        updates.append(torch.where(moves, update, weight))
-    torch._foreach_copy_(params, updates)
+        param.copy_(torch.where(moves, update, weight))
     torch._foreach_add_([state["skipped"] for state in states], (~finite).to(torch.int32).unbind())

@@ -67,6 +67,8 @@ def check_group(group: dict[str, Any]) -> None:
     if group["norm"] not in NORMS:
         hint = nearest(str(group["norm"]), NORMS)
         raise ValueError(f"AGD: norm={group['norm']!r}{hint}; expected one of {', '.join(NORMS)}")
+    if isinstance(group["gain"], Tensor):
+        raise TypeError("AGD: gain is a tensor, expected a number; a multiplier that is a tensor can be lr")
     for name in ("uses", "slices", "groups", "stride"):
         check_range("AGD", name, group[name], low=1)
     for name in ("slices", "groups"):
@@ -151,13 +153,14 @@ def radius_of(shape: torch.Size, group: Mapping[str, Any]) -> float:
 
 
 def measure(grad: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Largest entry and 2-norm relative to it, of each part: ||g|| = peak * size, with `dims` kept as 1.
+    """Scale and relative 2-norm of each part: ||g|| = peak * size, with `dims` kept as 1.
 
-    Two factors, since squares of entries below 1e-23 vanish in float32 and those above 1e19 overflow. A part
-    of zeros has size 0; a part that is not finite has a size that is not.
+    peak is the largest entry, or the smallest normal number where that is more. Two factors, since squares of
+    entries below 1e-23 vanish in float32 and those above 1e19 overflow. The size of a part is 0 where it is zero,
+    and not finite where it is not.
     """
-    peak = largest(grad, dims)
-    return peak, norm(grad / nonzero(peak), dims)
+    peak = largest(grad, dims).clamp(min=torch.finfo(grad.dtype).tiny)
+    return peak, norm(grad / peak, dims)
 
 
 def largest(grad: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -170,9 +173,20 @@ def norm(grad: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(grad, dim=dims, keepdim=True) if dims else grad.abs()
 
 
-def nonzero(peak: Tensor) -> Tensor:
-    """`peak` as a divisor: 1 where it is 0."""
-    return torch.where(peak == 0, 1.0, peak)
+def dual(peak: Tensor, size: Tensor) -> Tensor:
+    """The sum over parts of ||g||, 0-d."""
+    return products(peak, size).sum()
+
+
+def products(peak: Tensor, size: Tensor) -> Tensor:
+    """||g|| of each part, in a type in which it cannot overflow."""
+    exact = scalar_dtype(peak.device)
+    return peak.to(exact) * size.to(exact)
+
+
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """The type of G and eta: float64 where the device has it, in which no float32 gradient overflows."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def module_groups(model: nn.Module, roles: Overrides | None = None) -> list[dict[str, Any]]:
@@ -203,7 +217,9 @@ def agd_treatment(role: Role, param: Tensor, table: RoleTable) -> dict[str, Any]
         treatment |= {"norm": "frobenius", "neuron_dim": role.neuron_dim, "stride": role.stride}
         treatment |= {"slices": role.slices, "groups": role.groups}
     elif kind in ("embedding", "position", "tied"):
-        treatment |= {"norm": "rows", "neuron_dim": role.neuron_dim, "radius": _rms(param) or 1.0}
+        treatment |= {"norm": "rows", "neuron_dim": role.neuron_dim}
+        if kind == "tied":  # as a head, rows of RMS 1 would be far too large
+            treatment |= {"radius": _rms(param) or 1.0}
     elif kind == "gain":
         treatment |= {"norm": "max", "share": VECTOR_SHARE}
     elif kind in ("bias", "shift"):

@@ -6,6 +6,7 @@ what was there before, and nothing half-written.
 
 import http.client
 import os
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,13 +52,20 @@ def _fetch_file(
         except DataError as error:
             answers.append(f"{url}: {error}")
         except (OSError, http.client.HTTPException, ValueError) as error:
-            answers.append(f"{url}: {error or type(error).__name__}")
+            answers.append(f"{url}: {_reason(error)}")
         else:
             return write_atomic(_home(known, root) / f"{file.name}.gz", content)
     raise DataError(
         f"could not download {file.name}.gz ({'; '.join(answers) or 'no mirror given'}); try again, or "
         f"fetch it where there is a network and run `archopt data import FOLDER`"
     )
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with a download, without the wrapping of urllib."""
+    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        return getattr(error.reason, "strerror", None) or str(error.reason)
+    return str(error) or type(error).__name__
 
 
 def _passes(file: DataFile, place: Path) -> bool:
