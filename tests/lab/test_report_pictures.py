@@ -15,7 +15,7 @@ from archopt.lab.report.panels import Figure
 from archopt.lab.report.render import vega_lite_version
 from archopt.lab.report.statistics import Summary, summarise
 from archopt.lab.report.style import KNOWN, choose_axis, linear_ticks, log_ticks, spread_labels, styles
-from report_records import ACCURACY, LOSS, Invented, write_comparison
+from report_records import ACCURACY, LOSS, Invented, write_comparison, write_run
 
 NERO = Invented("nero", 0.01, 0.01, 1.0, 1.0)
 FREE = Invented("agd", None, None, 1.2, 1.0)
@@ -223,6 +223,16 @@ def test_the_sensitivity_marks_the_default_and_draws_rules_without_a_rate_level(
     (level,) = [row for row in rows if row.get("optimiser") == "agd" and "final" in row]
     assert level["x"] is None
     assert level["low"] != level["high"]
+
+
+def test_the_sensitivity_draws_no_line_across_a_rate_at_which_no_run_finished(tmp_path: Path):
+    write_comparison(tmp_path, optimizers=(NERO,), lrs=(0.001, 0.01, 0.1), seeds=(0, 1))
+    for seed in (0, 1):
+        write_run(tmp_path / "digits-small", NERO, 0.01, seed, status="diverged")
+    (found,) = summarise(load(tmp_path))
+    rows = rows_of(sensitivity(found, looks(found)))
+    line = {row["x"]: row["y"] for row in rows if "low" in row}
+    assert [lr for lr, y in line.items() if y is None] == [0.01]
 
 
 def test_bars_to_the_target_show_every_setting_even_if_it_never_got_there(summary: Summary):
