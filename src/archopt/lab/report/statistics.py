@@ -164,6 +164,23 @@ class Summary:
     target_given: bool
 
 
+def parse_target(words: str) -> float | dict[str, float]:
+    """A target as the command line has it: `0.95` for all workloads, or `digits=0.95,words=1.2`.
+
+    Raises ReportError for anything else.
+    """
+    try:
+        if "=" not in words:
+            return float(words)
+        pairs = (entry.split("=") for entry in words.split(","))
+        return {name.strip(): float(number) for name, number in pairs}
+    except ValueError:
+        raise ReportError(
+            f"target {words!r}; expected a value of the metric, 0.95, or one for each workload, "
+            "digits=0.95,words=1.2"
+        ) from None
+
+
 def summarise(
     comparison: Comparison, target: float | Mapping[str, float] | None = None
 ) -> tuple[Summary, ...]:
