@@ -228,11 +228,12 @@ SGD_BREAKS = {
     "zero_gradient_from_fresh_state_keeps_bits/*/True": NEGATIVE_ZERO,
     "tiny_and_huge_gradients_stay_finite/*1e+*": "the step of SGD is as large as the gradient",
     "tiny_and_huge_gradients_stay_finite/*10000.0": "the step of SGD is as large as the gradient",
-    "sparse_gradient_is_refused": "torch's SGD takes sparse gradients",
+    "sparse_gradient_is_refused": "torch's SGD takes sparse gradients, without momentum",
 }
 ADAM_BREAKS = {
+    "sparse_gradient_is_refused": "torch makes the state of earlier tensors before it looks at the sparse one",
     "tensor_rate_equals_float_rate/foreach": "torch wants capturable=True beside a tensor rate and foreach",
-    "tiny_and_huge_gradients_stay_finite/*float16,*": "eps=1e-8 is 0 in float16",
+    "tiny_and_huge_gradients_stay_finite/*/float16,*": "eps=1e-8 is 0 in float16",
     "half_precision_follows_float32/*/float16": "eps=1e-8 is 0 in float16",
 }
 DECAYS = {"zero_gradient_from_fresh_state_keeps_bits": "weight decay moves weights without a gradient"}
@@ -254,7 +255,10 @@ CONTROLS = (
     torch_rule("torch-adamw", torch.optim.AdamW, main=True, exempt=ADAM_BREAKS | DECAYS),
 )
 if hasattr(torch.optim, "Muon"):  # from torch 2.9
-    MUON_BREAKS = {"empty_tensors_are_left_alone": "torch's Muon divides by the number of rows"} | DECAYS
+    MUON_BREAKS = {
+        "empty_tensors_are_left_alone": "torch's Muon divides by the number of rows",
+        "sparse_gradient_is_refused": "torch makes the state of earlier tensors before it looks",
+    }
     CONTROLS += (
         torch_rule(
             "torch-muon",
@@ -262,7 +266,7 @@ if hasattr(torch.optim, "Muon"):  # from torch 2.9
             dims=MATRICES,
             forms=("default",),
             maximizes=False,
-            exempt=MUON_BREAKS,
+            exempt=MUON_BREAKS | DECAYS,
         ),
     )
 

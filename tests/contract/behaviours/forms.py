@@ -203,6 +203,8 @@ class PretendedAccelerator(TorchFunctionMode):
             if device is not None and device.type != args[0].device.type:
                 self.note("to", args[0], device, non_blocking)
                 return torch.empty(args[0].shape, dtype=dtype or args[0].dtype, device=device)
+        if func is Tensor.__getitem__ and isinstance(args[1], int):
+            return torch.select(args[0], 0, args[1])
         if func in (Tensor.__float__, Tensor.item) and self.building:
             return 1.0
         if func is Tensor.__invert__:

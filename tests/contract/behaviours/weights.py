@@ -14,6 +14,7 @@ from contract.behaviours.problems import (
     assert_same_bits,
     copy_of,
     give_gradients,
+    layer_with,
     model_for,
     named_tensors,
     random,
@@ -44,9 +45,8 @@ def awkward_rows(make: Any) -> nn.Module:
         4: {"depthwise": random(3, 1, 1, 1, seed=5)},
         5: {"filter_3d": random(2, 1, 1, 2, 2, seed=6)},
     }
-    return named_tensors(
-        **{name: t for dim in make.dims if dim in tensors for name, t in tensors[dim].items()}
-    )
+    found = {name: t for dim in make.dims if dim in tensors for name, t in tensors[dim].items()}
+    return nn.ModuleDict({name: layer_with(tensor) for name, tensor in found.items()})
 
 
 def rows_of(param: Tensor, make: Any) -> tuple[slice, ...]:
