@@ -239,7 +239,7 @@ class WritesGradients(archopt.Nero):
 
 
 @found_by("non_finite_gradient_leaves_no_trace", "everything_non_finite_changes_nothing")
-@found_by("tiny_and_huge_gradients_stay_finite", "half_precision_follows_float32")
+@found_by("tiny_and_huge_gradients_stay_finite")
 class DividesByTheGradientsNorm(SGD):
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -374,6 +374,8 @@ def test_behaviour_finds_the_fault(rule, known, name):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     behaviour.check(make.in_form(form), **variant)
+            except TypeError:
+                continue  # the faulty rule lacks this form
             except Exception:
                 return
     raise AssertionError(f"{name} did not find {rule.__name__}")
