@@ -229,16 +229,17 @@ TORCH_BREAKS = {
     "unknown_option_is_refused_with_the_nearest": CHECKS_LITTLE,
     "unknown_group_option_is_refused": CHECKS_LITTLE,
     "complex_parameter_is_refused": "torch takes complex weights, as pairs of real ones",
-    "compiled_step_equals_eager": "torch breaks the graph of its own steps on purpose",
     "meta_parameter_is_refused": "torch's rules do not read initial weights",
 }
-SGD_BREAKS = {
+BREAKS_GRAPHS = {"compiled_step_equals_eager": "torch breaks the graph of its own steps on purpose"}
+SGD_BREAKS = BREAKS_GRAPHS | {
     "zero_gradient_from_fresh_state_keeps_bits/*/True": NEGATIVE_ZERO,
     "tiny_and_huge_gradients_stay_finite/*1e+*": "the step of SGD is as large as the gradient",
     "tiny_and_huge_gradients_stay_finite/*10000.0": "the step of SGD is as large as the gradient",
+    "form_equals_plain/foreach/bfloat16": "torch's two forms round the momentum of bfloat16 weights differently",
     "sparse_gradient_is_refused": "torch's SGD takes sparse gradients, without momentum",
 }
-ADAM_BREAKS = {
+ADAM_BREAKS = BREAKS_GRAPHS | {
     "sparse_gradient_is_refused": "torch makes the state of earlier tensors before it looks at the sparse one",
     "tensor_rate_equals_float_rate/foreach": "torch wants capturable=True beside a tensor rate and foreach",
     "tiny_and_huge_gradients_stay_finite/*/float16,*": "eps=1e-8 is 0 in float16",

@@ -42,14 +42,20 @@ def is_quick(behaviour: Behaviour, configuration: Configuration, form: str, vari
 
 
 def cases(family: str) -> list[Any]:
-    """One test for each behaviour, configuration, form and variant; exempt ones must fail, for their reason."""
+    """One test for each behaviour, configuration, form and variant; exempt ones must fail, for their reason.
+
+    Of costly behaviours, options other than the default take the first variant alone (they are not compiled twice).
+    """
     found = []
     for configuration in CONFIGURATIONS:
         for behaviour in BEHAVIOURS.values():
             if behaviour.family != family or not behaviour.applies(configuration):
                 continue
             for form, variant in itertools.product(behaviour.forms, behaviour.variants):
-                if form not in configuration.forms:
+                first = variant == behaviour.variants[0]
+                if form not in configuration.forms or (
+                    behaviour.costly and not (configuration.main or first)
+                ):
                     continue
                 case = case_of(behaviour, form, variant)
                 marks = [] if is_quick(behaviour, configuration, form, variant) else [pytest.mark.slow]
