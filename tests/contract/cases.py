@@ -32,7 +32,7 @@ def is_quick(behaviour: Behaviour, configuration: Configuration, form: str, vari
     other options in the default form, take the first and the last variant.
     """
     if behaviour.costly:
-        return configuration.main and variant == behaviour.variants[0]
+        return configuration.main and form == "default" and variant == behaviour.variants[0]
     if configuration.main and form == "default":
         return True
     return (configuration.main or form == "default") and variant in (
