@@ -448,7 +448,7 @@ class Demo:
 
 
 DEMO_OPTIMIZERS = "nero,agd,sgd,adamw,lamb,madam"
-DEMO_LRS = "grid"
+DEMO_LRS = "0.0001,0.001,0.01,0.1,1"
 
 
 def demo_command(args: list[str]) -> int:
