@@ -212,7 +212,7 @@ def test_an_unknown_workload_is_a_key_error() -> None:
 
 def test_digits_have_the_documented_sizes() -> None:
     digits = loaded(Digits())
-    assert (digits.steps_per_epoch, digits.steps) == (22, 440)
+    assert (digits.steps_per_epoch, digits.steps) == (22, 660)
     assert digits.train_inputs.shape == (1400, 1, 8, 8)
     assert digits.test_inputs.shape == (397, 1, 8, 8)
     assert digits.train_inputs.mean().item() == pytest.approx(0, abs=1e-3)

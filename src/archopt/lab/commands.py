@@ -114,7 +114,6 @@ def train_command(args: list[str]) -> int:
 
 def _with_workload_options(known: Train, args: list[str]) -> tuple[Train, WorkloadChoice]:
     """Reads the arguments again, now that it is known which workload's options are among them."""
-
     call = parse_call(known.workload)
     cls = workload_class(call.name)
     usual = make_workload(cls, known.preset, call.options)
@@ -143,7 +142,6 @@ def _title(cls: type[Workload]) -> str:
 
 
 def _train(asked: Train, choice: WorkloadChoice) -> int:
-
     settings = asked.settings()
     optimizer = parse_optimizer(asked.optimizer)
     if asked.seed < 0:
@@ -242,7 +240,6 @@ def compare_command(args: list[str]) -> int:
 
 def plan(asked: Compare, command: str) -> Plan:
     """What the options ask for. Raises LabError for what cannot be read."""
-
     calls = [parse_call(text) for text in asked.workloads]
     names = "+".join(Path(call.name).stem for call in calls)
     return Plan(
@@ -259,7 +256,6 @@ def plan(asked: Compare, command: str) -> Plan:
 
 
 def _compare(plan: Plan) -> int:
-
     console = Console()
     with SweepProgress(console) as progress:
         outcome = sweep(plan, progress)
@@ -323,7 +319,6 @@ def list_command(args: list[str]) -> int:
     """`archopt list`: what there is to train, with what, and on what data."""
     text = "Lists the workloads, the optimisers and the data sets, and says which of them can be used here."
     asked = options.parse(List, args, prog="archopt list", description=text)
-
     console = Console()
     workloads = _table("workload", "what it is", "options")
     for name, cls in registry().items():
@@ -348,7 +343,6 @@ def _table(*titles: str) -> Table:
 
 
 def _data_table(folder: Path | None) -> Table:
-
     table = _table("data set", "what it is", "licence", "where")
     for found in list_sets(default_data_folder(folder)):
         table.add_row(found.name, found.what, found.licence, found.where or f"not here: {found.command}")
@@ -371,7 +365,6 @@ def data_command(args: list[str]) -> int:
     """`archopt data`: where the sets lie, and how to get them there."""
     text = "Lists, downloads or copies data sets. Every file is checked before it is put in its place."
     asked = options.parse(Data, args, prog="archopt data", description=text)
-
     folder = default_data_folder(asked.data)
     console = Console()
     if asked.action == "list":
@@ -399,7 +392,6 @@ def data_command(args: list[str]) -> int:
 @contextlib.contextmanager
 def _transfers(console: Console) -> Iterator[Any]:
     """A bar for every file that is transferred."""
-
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
@@ -456,13 +448,13 @@ class Demo:
 
 
 DEMO_OPTIMIZERS = "nero,agd,sgd,adamw,lamb,madam"
-DEMO_LRS = "grid"
+DEMO_LRS = "0.0001,0.001,0.01,0.1,1"
 
 
 def demo_command(args: list[str]) -> int:
     """`archopt demo`: `archopt compare digits`, in a size that ends within three minutes on two cores."""
     text = (
-        "Compares Nero and AGD with four others on 1,797 real handwritten digits that ship with archopt: nine "
+        "Compares Nero and AGD with four others on 1,797 real handwritten digits that ship with archopt: five "
         "learning rates, three seeds. Prints the table and the path of the page."
     )
     asked = options.parse(Demo, args, prog="archopt demo", description=text)

@@ -1,0 +1,479 @@
+"""AutoNero, every neuron turns by one angle that the gradients decide: the optimiser.
+
+The equations, and the pure functions that are them, stand in `archopt.optim.autonero_rule`; the reasons in
+`docs/autonero.md`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archopt.neurons import as_rows, fan_in_dims, row_norm
+from archopt.optim.autonero_rule import (
+    GROWN_NORM,
+    THETA_RANGE,
+    Feedback,
+    Rows,
+    feedback_update,
+    rows_update,
+    vector_update,
+)
+from archopt.optim.base import (
+    ArchOptimizer,
+    Rate,
+    check_forms,
+    check_range,
+    nearest,
+    rate,
+    statistics_like,
+    takes_foreach,
+)
+from archopt.optim.matrices import join, median_of_positive, part, scale_rows_
+from archopt.optim.orthogonalise import METHODS
+from archopt.roles import Overrides, Role, group_by_treatment, parameter_roles
+
+FAMILIES = ("hidden", "head", "embedding", "vector")
+RADII = ("own", "unit", "rms")
+SHARED = ("feedback_decay", "feedback_gain", "target", "target_steps", "initial_theta", "limit")
+"""Options of the one feedback that all groups share: they must agree between groups."""
+
+FOREACH_ENTRIES = 2**24  # entries joined at a time in the foreach form: bounds its transient memory
+
+
+class AutoNero(ArchOptimizer):
+    """AutoNero: every neuron turns by one angle, set by feedback from the next gradient. Nothing to tune.
+
+    Args:
+        params: the module whose parameters are trained, each by its role (`archopt.parameter_roles`); or groups as
+            `module_groups(model)` gives them, to set options for each. Bare parameters are refused.
+        lr: a plain multiplier of the angle, for schedulers; not a knob. 0 freezes the group, and where it is 0 in
+            all groups the angle too.
+        beta, beta2: averaging constants of the gradients and of their squares, in [0, 1).
+        feedback_decay, feedback_gain: lambda, the memory of the feedback, and kappa, how fast the angle follows it.
+        target, target_steps: tau and T. The angle settles where rho = -tau / sqrt(1 + t/T).
+        initial_theta: the angle of the first step, in radians.
+        limit: gradients longer than this many times their running size are shortened to it.
+        radius: "own": rows of hidden matrices and heads keep their initial norms as first radii. "unit": they are
+            scaled to norm 1 at construction, which very deep plain networks need.
+        embedding_radius: "rms": rows of embeddings are scaled to RMS 1 at construction, and keep it. "own": they
+            keep the norm that they have, which a trained network needs.
+        orthogonalise: "newton-schulz", or "svd", exact and slow.
+        roles: overrides, pattern of a parameter's name -> role (see `parameter_roles`).
+        maximize: ascend instead.
+        foreach: join tensors of equal shape, and vectors; None chooses (True).
+        fused: no fused form yet; True is refused.
+        capturable: for torch's own check under CUDA graphs; the step never waits for the device anyway.
+
+    Construction changes embeddings (see `embedding_radius`) and nothing else. Rows of norm 0, such as padding, are
+    never scaled. A group added later without a `family` takes its matrices as hidden ones, all else as vectors.
+
+    The angle `theta`, the quotient `rho`, the slope `C` and its expectation `G` are 0-d tensors to log. A step with
+    a gradient that is not finite changes nothing and is counted in `skipped`; a step whose gradients are all zero
+    is no step.
+
+    Raises TypeError for bare parameters, complex parameters, sparse gradients and unknown options; ValueError for
+    a module without matrices or without trainable parameters, for meta tensors and for values out of range.
+
+    State, per tensor: `step` (t of this tensor), `exp_avg` (m), `exp_avg_sq` (v, one entry a row), `movement` (d),
+    `radius` and `grows_to` (one entry a row), and `feedback` (see `Feedback`), one tensor shared by all.
+
+    Example:
+        >>> import torch, archopt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> optimizer = archopt.AutoNero(model)
+        >>> model(torch.ones(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> round(float(optimizer.theta), 6)
+        0.01
+    """
+
+    state_names = ("step", "exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "feedback")
+
+    _unscaled: Sequence[tuple[Tensor, Tensor]] = ()
+    """Weights that construction scaled, with what they were, until the second step is taken.
+
+    Whoever resumes may load the weights before the optimiser is made. Rows that have left their first radius by
+    then are scaled once more, which is undone when the state arrives: both orders must give the same bits. One
+    step may lie between, the probe of torch.distributed.checkpoint.
+    """
+    _stepped = False
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[dict[str, Any]],
+        *,
+        lr: Rate = 1.0,
+        beta: float = 0.9,
+        beta2: float = 0.99,
+        feedback_decay: float = 0.95,
+        feedback_gain: float = 0.05,
+        target: float = 0.15,
+        target_steps: float = 100.0,
+        initial_theta: float = 0.01,
+        limit: float = 2.0,
+        radius: str = "own",
+        embedding_radius: str = "rms",
+        orthogonalise: str = "newton-schulz",
+        roles: Overrides | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        if isinstance(params, nn.Module):
+            groups = module_groups(params, roles)
+            if all(group["family"] == "vector" for group in groups):
+                raise ValueError(
+                    f"AutoNero turns the rows of matrices, and {type(params).__name__} has none (biases, gains and "
+                    "weights of fan-in 1 are vectors); train it with another optimiser, such as torch.optim.AdamW"
+                )
+        else:
+            groups = _only_groups(params)
+            if roles is not None:
+                raise ValueError("roles=... needs a module: AutoNero(model, roles=...), not AutoNero(groups)")
+        defaults = {
+            "lr": lr,
+            "beta": beta,
+            "beta2": beta2,
+            "feedback_decay": feedback_decay,
+            "feedback_gain": feedback_gain,
+            "target": target,
+            "target_steps": target_steps,
+            "initial_theta": initial_theta,
+            "limit": limit,
+            "radius": radius,
+            "embedding_radius": embedding_radius,
+            "orthogonalise": orthogonalise,
+            "family": "hidden",
+            "neuron_dim": 0,
+            "channel_groups": 1,
+            "blocks": 1,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        super().__init__(groups, defaults)
+
+    @property
+    def theta(self) -> Tensor:
+        """The angle of the last step, in radians, without `lr`; before the first step the initial one."""
+        return self.feedback.theta
+
+    @property
+    def rho(self) -> Tensor:
+        """c/e of the last step: near 1 the steps are too short, 0 is the best single step, below 0 too long."""
+        return self.feedback.rho
+
+    @property
+    def C(self) -> Tensor:
+        """The slope along the previous movement, as the last gradient saw it."""
+        return self.feedback.C
+
+    @property
+    def G(self) -> Tensor:
+        """The slope along the last movement, as its own averaged gradient saw it."""
+        return self.feedback.G
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps were void because a gradient was not finite."""
+        return self.feedback.skipped
+
+    @property
+    def feedback(self) -> Feedback:
+        """A copy of what the optimiser as a whole remembers, as 0-d tensors."""
+        held = self._held_feedback()
+        return Feedback(*(self._new_feedback() if held is None else held).clone().unbind())
+
+    # -- groups and state ----------------------------------------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "feedback_gain", "target"):
+            check_range("AutoNero", name, group[name], low=0.0)
+        for name in ("beta", "beta2", "feedback_decay"):
+            check_range("AutoNero", name, group[name], low=0.0, high=1.0)
+        for name in ("target_steps", "limit", "channel_groups", "blocks"):
+            check_range("AutoNero", name, group[name], low=1)
+        check_range(
+            "AutoNero", "initial_theta", group["initial_theta"], low=THETA_RANGE[0], high=THETA_RANGE[1]
+        )
+        _check_choice("radius", group["radius"], RADII)
+        _check_choice("embedding_radius", group["embedding_radius"], RADII)
+        _check_choice("orthogonalise", group["orthogonalise"], METHODS)
+        _check_choice("family", group["family"], FAMILIES)
+        check_forms("AutoNero", group)
+        for name in SHARED if self.param_groups else ():
+            if group[name] != (first := self.param_groups[0][name]):
+                raise ValueError(
+                    f"AutoNero: {name}={group[name]!r} in this group, but {first!r} in the first: one feedback "
+                    f"serves all groups, so give {name} to AutoNero(...) rather than to a group"
+                )
+        for item in group["params"]:
+            param = item[1] if isinstance(item, tuple) else item
+            if isinstance(param, Tensor):
+                _check_blocks(param, group)
+
+    def _constrain_group(self, group: dict[str, Any]) -> None:
+        for param in self._trainable(group):
+            if _first_radius(group) != "own" and _dims(param, group):
+                self._unscaled = [*self._unscaled, (param, param.detach().clone())]
+                _scale_(param, group)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict exactly, as `ArchOptimizer.load_state_dict`, whether weights were loaded before
+        this optimiser was made or after."""
+        super().load_state_dict(state_dict)
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        for param, before in self._unscaled:
+            if param in groups and self.state.get(param):
+                scaled = before.clone()
+                _scale_(scaled, groups[param])
+                if torch.equal(param, scaled):  # nothing has moved or loaded it since
+                    param.copy_(before)
+        self._unscaled = []
+
+    def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        exact = statistics_like(param)
+        zeros = torch.zeros_like(param, dtype=exact, requires_grad=False)
+        state = {
+            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            "exp_avg": zeros,
+            "movement": zeros.clone(),
+            "feedback": self._new_feedback(),
+        }
+        if dims := _dims(param, group):
+            norm = row_norm(as_rows(param.detach(), group["channel_groups"]), dims)
+            fan_in = param.numel() / norm.numel()
+            grown = torch.full_like(norm, fan_in**0.5 if group["family"] == "embedding" else GROWN_NORM)
+            grown = torch.where((norm > 0).any(), median_of_positive(norm), grown)
+            grows_to = torch.where(norm > 0, 0.0, grown)
+            return state | {"exp_avg_sq": torch.zeros_like(norm), "radius": norm, "grows_to": grows_to}
+        none = zeros.new_empty(0)
+        return state | {"exp_avg_sq": zeros.clone(), "radius": none, "grows_to": none.clone()}
+
+    def _new_feedback(self) -> Tensor:
+        """On the device of the first parameter, in float64 only where a weight is: scalars must not lose digits."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        trainable = [param for param in params if param.requires_grad] or params
+        double = any(param.dtype == torch.float64 for param in trainable)
+        dtype = torch.float64 if double else torch.float32
+        feedback = torch.zeros(len(Feedback._fields), dtype=dtype, device=trainable[0].device)
+        Feedback(*feedback.unbind()).theta.fill_(self.param_groups[0]["initial_theta"])
+        return feedback
+
+    def _held_feedback(self) -> Tensor | None:
+        """The feedback that any parameter holds; all hold the same."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if "feedback" in (state := self.state.get(param, {})):
+                    held: Tensor = state["feedback"]
+                    return held
+        return None
+
+    def _create_state(self) -> None:
+        """Gives new parameters their state, and makes all hold one and the same feedback tensor.
+
+        Every parameter carries it because torch's state dicts know parameters and groups alone, and group values
+        are not moved between devices, and are compared and copied by parameter, by checkpoint tools. So any part
+        of the parameters carries the whole, whatever was frozen, added, dropped or sharded between.
+        """
+        held = self._held_feedback()
+        super()._create_state()
+        held = self._held_feedback() if held is None else held
+        for state in self.state.values():
+            if "feedback" in state and state["feedback"] is not held and held is not None:
+                state["feedback"] = held
+
+    # -- the step ------------------------------------------------------------------------------------------
+
+    def _update(self) -> None:
+        batches = [(group, batch) for group in self.param_groups for batch in self._batches(group)]
+        held = self._held_feedback()
+        if not batches or held is None:
+            return
+        if self._stepped:
+            self._unscaled = []
+        self._stepped = True
+        home, shared = held.device, self.param_groups[0]
+        measures = [self._measure(batch, group) for group, batch in batches]
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(home) for norm, _ in measures]))
+        product = torch.stack([product.to(home) for _, product in measures]).sum()
+        moving = torch.stack([_is_not_zero(group["lr"], home) for group, _ in batches]).any()
+        past = Feedback(*held.unbind())
+        new, f = feedback_update(past, norm, product, moving, beta2=shared["beta2"], options=shared)
+        finite = torch.isfinite(norm) & torch.isfinite(product)
+        live = finite & (norm > 0)
+
+        expected = [self._advance(batch, group, f, new.theta, live) for group, batch in batches]
+        new = new._replace(G=torch.stack([part.to(home) for part in expected]).sum())
+        self._drop_movements(live)
+        void = past._replace(skipped=past.skipped + finite.logical_not())
+        held.copy_(torch.where(live, _pack(new, held.dtype), _pack(void, held.dtype)))
+
+    def _batches(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """The group's parameters that have a gradient, one by one; foreach: those that can be joined, together."""
+        params = [p for p in self._trainable(group) if p.grad is not None]
+        if not takes_foreach(group):
+            return [[p] for p in params]
+        alike: dict[Any, list[list[Tensor]]] = {}
+        for param in params:
+            shape = param.shape if _dims(param, group) else None
+            batches = alike.setdefault((shape, param.dtype, param.device), [[]])
+            if sum([p.numel() for p in batches[-1]]) >= FOREACH_ENTRIES:
+                batches.append([])
+            batches[-1].append(param)
+        return [batch for batches in alike.values() for batch in batches]
+
+    def _measure(self, batch: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """||g|| and <g, d> over tensors of a group."""
+        exact = statistics_like(batch[0])
+        grads = [p.grad.to(exact) for p in batch if p.grad is not None]
+        norms = torch._foreach_norm(grads)
+        products = torch._foreach_mul(grads, [self.state[p]["movement"] for p in batch])
+        product = torch.stack([entries.sum() for entries in products]).sum()
+        return torch.linalg.vector_norm(torch.stack(list(norms))), -product if group["maximize"] else product
+
+    def _advance(
+        self, batch: list[Tensor], group: dict[str, Any], f: Tensor, theta: Tensor, live: Tensor
+    ) -> Tensor:
+        """One step of some tensors, joined; returns sum <gh, d>. All keep their bits unless `live`."""
+        device, exact, dims = batch[0].device, statistics_like(batch[0]), _dims(batch[0], group)
+        f, theta, live = f.to(device), theta.to(device), live.to(device)
+        channel_groups = group["channel_groups"] if dims else 1
+        sign = -1 if group["maximize"] else 1
+        lr = rate(group)
+        held = [_rows_of(param, self.state[param], channel_groups) for param in batch]
+        grads = [as_rows(param.grad, channel_groups) for param in batch if param.grad is not None]
+        counts = [self.state[param]["step"] for param in batch]
+        steps = torch.stack(counts)
+
+        past = Rows(*[join(tensors, dims, group["blocks"], exact) for tensors in zip(*held, strict=True)])
+        grad = join(grads, dims, group["blocks"], exact) * (sign * f)
+        beta, beta2 = group["beta"], group["beta2"]
+        if dims:
+            t = (steps + 1).reshape(-1, 1, 1, 1)
+            family, method = group["family"], group["orthogonalise"]
+            new, expected = rows_update(
+                past, grad, t, theta, lr, beta=beta, beta2=beta2, family=family, method=method
+            )
+        else:
+            t = torch.cat([count.expand(p.numel()) for count, p in zip(counts, batch, strict=True)]) + 1
+            new, expected = vector_update(past, grad, t, theta, lr, beta=beta, beta2=beta2)
+        targets, values = list(counts), list((steps + live).unbind())
+        for after, before, tensors in zip(new, past, zip(*held, strict=True), strict=True):
+            targets += tensors
+            values += part(torch.where(live, after, before), tensors, dims)
+        torch._foreach_copy_(targets, values)
+        return expected
+
+    def _drop_movements(self, live: Tensor) -> None:
+        """A tensor without a gradient took no part in this step: its movement is of another point, so forget it."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                if "movement" in state and (param.grad is None or not param.requires_grad):
+                    state["movement"].mul_(live.logical_not().to(param.device))
+
+
+# -- rows and their shapes ---------------------------------------------------------------------------------
+
+
+def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+    """The dimensions of `as_rows` that a row sums over; `()` for vectors and for all of fan-in 1."""
+    if group["family"] == "vector":
+        return ()
+    return fan_in_dims(param.shape, group["neuron_dim"], group["channel_groups"])
+
+
+def _pack(feedback: Feedback, dtype: torch.dtype) -> Tensor:
+    return torch.stack([value.to(dtype) for value in feedback])
+
+
+def _first_radius(group: Mapping[str, Any]) -> str:
+    radius: str = group["embedding_radius" if group["family"] == "embedding" else "radius"]
+    return radius
+
+
+def _scale_(param: Tensor, group: Mapping[str, Any]) -> None:
+    """Gives rows their first radius, in place."""
+    rows = as_rows(param, group["channel_groups"])
+    scale_rows_(rows, _dims(param, group), rms=_first_radius(group) == "rms")
+
+
+def _rows_of(param: Tensor, state: dict[str, Tensor], channel_groups: int) -> Rows:
+    """Views of a parameter and its state, in the shape of `as_rows`."""
+    return Rows(
+        as_rows(param, channel_groups),
+        as_rows(state["exp_avg"], channel_groups),
+        state["exp_avg_sq"],
+        as_rows(state["movement"], channel_groups),
+        state["radius"],
+        state["grows_to"],
+    )
+
+
+def _is_not_zero(lr: Rate, device: torch.device) -> Tensor:
+    if isinstance(lr, Tensor):
+        return (lr != 0).reshape(()).to(device)
+    return torch.full((), lr != 0, device=device)
+
+
+# -- groups ------------------------------------------------------------------------------------------------
+
+
+def module_groups(model: nn.Module, roles: Overrides | None = None) -> list[dict[str, Any]]:
+    """Parameter groups of a module for AutoNero, one for each treatment, with names."""
+    return group_by_treatment(parameter_roles(model, roles), autonero_treatment)
+
+
+def autonero_treatment(role: Role) -> dict[str, Any]:
+    """What AutoNero does with a role, as group options.
+
+    A table that is embedding and head at once is a head: at RMS 1 its logits would be sqrt(d) times too large.
+    """
+    return {
+        "role": role.kind,
+        "family": "head" if role.kind == "tied" else role.family,
+        "neuron_dim": role.neuron_dim,
+        "channel_groups": role.channel_groups,
+        "blocks": role.groups * role.slices,
+    }
+
+
+def _only_groups(params: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups given, which must say what their tensors are."""
+    groups = list(params)
+    for group in groups:
+        if not isinstance(group, dict) or "family" not in group:
+            given = f"a {type(group).__name__}" if not isinstance(group, dict) else "a group without a family"
+            raise TypeError(
+                f"AutoNero treats a tensor by what it is in the network, and was given {given}; write "
+                "AutoNero(model) instead of AutoNero(model.parameters()), or pass "
+                "archopt.optim.autonero.module_groups(model) with your options in the groups"
+            )
+    return groups
+
+
+def _check_blocks(param: Tensor, group: Mapping[str, Any]) -> None:
+    dims = _dims(param, group)
+    rows = as_rows(param, group["channel_groups"]) if dims else param
+    count = 1
+    for dim, size in enumerate(rows.shape):
+        count *= size if dim not in dims else 1
+    if dims and count % group["blocks"]:
+        raise ValueError(
+            f"blocks={group['blocks']} does not divide the {count} rows of a weight of shape "
+            f"{tuple(param.shape)}; give the number of equal slices, or 1"
+        )
+
+
+def _check_choice(name: str, value: Any, valid: Iterable[str]) -> None:
+    valid = list(valid)
+    if value not in valid:
+        raise ValueError(
+            f"AutoNero: {name}={value!r}{nearest(str(value), valid)} (valid: {', '.join(map(repr, valid))})"
+        )
