@@ -52,10 +52,8 @@ def cases(family: str) -> list[Any]:
             if behaviour.family != family or not behaviour.applies(configuration):
                 continue
             for form, variant in itertools.product(behaviour.forms, behaviour.variants):
-                first = variant == behaviour.variants[0]
-                if form not in configuration.forms or (
-                    behaviour.costly and not (configuration.main or first)
-                ):
+                unneeded = behaviour.costly and not configuration.main and variant != behaviour.variants[0]
+                if form not in configuration.forms or unneeded:
                     continue
                 case = case_of(behaviour, form, variant)
                 marks = [] if is_quick(behaviour, configuration, form, variant) else [pytest.mark.slow]

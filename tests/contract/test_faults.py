@@ -357,9 +357,12 @@ class ReportsItsOwnBuffer(archopt.AGD):
 CASES = [(rule, known, name) for rule, known, names in FAULTS for name in names]
 
 
-@pytest.mark.parametrize(
-    ("rule", "known", "name"), CASES, ids=[f"{name}-{rule.__name__}" for rule, _, name in CASES]
-)
+def case(rule: type[Optimizer], known: Configuration, name: str) -> Any:
+    marks = [pytest.mark.slow] if BEHAVIOURS[name].costly else []
+    return pytest.param(rule, known, name, marks=marks, id=f"{name}-{rule.__name__}")
+
+
+@pytest.mark.parametrize(("rule", "known", "name"), [case(*each) for each in CASES])
 def test_behaviour_finds_the_fault(rule, known, name):
     behaviour = BEHAVIOURS[name]
     make = Configuration(
