@@ -1,0 +1,607 @@
+"""AutoNero: every neuron turns by one angle, and the gradients decide how far. This project's own rule.
+
+For all tensors together, at step t = 1, 2, ... with gradients g:
+
+    N      =  sqrt(sum ||g||^2)
+    g     <-  g * min(1, 2 sqrt(q / (1 - beta2^(t-1))) / N)          (limit; from the second step)
+    q     <-  beta2 q + (1 - beta2) ||g||^2                          (of the limited gradients)
+    C      =  sum <g, d>,   c <- lambda c + (1 - lambda) C,   e <- lambda e + (1 - lambda) G
+    rho    =  clip(c / e, -2, 2)                                     (0 where e <= 0)
+    theta <-  clip(theta exp(kappa (rho + tau / sqrt(1 + t/T))), 1e-6, 1)      (from the second step)
+
+and then for every tensor, with rows w of radius R, averages m of g and v of ||g||^2 (of g^2 in a vector):
+
+    gh     =  m / (1 - beta^t),   s = sqrt(v / (1 - beta2^t))
+    u      =  R U / ||U||,  U the polar factor of gh                 (rows of a hidden matrix)
+    u      =  R gh / s                                               (rows of a head, of an embedding)
+    u      =  gh / s                                                 (entries of a vector)
+    R'     =  R exp(-theta <gh, w> / (2 R s))                        (hidden, head)
+    w'     =  R' (w - theta u) / ||w - theta u||                     (rows; p' = p - theta u for entries)
+    d      =  (w - w') / theta,   G = sum <gh, d>
+
+C is the fresh gradient along the movement made before it was computed, so c/e near 1 says that the slope has not
+changed (the step was far too short), 0 that the step was the best single one. `docs/autonero.md` has the reasons.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from archopt.neurons import NeuronDim, as_rows, fan_in_dims, row_norm
+from archopt.optim.base import (
+    ArchOptimizer,
+    Rate,
+    bias_correction,
+    check_flags,
+    check_forms,
+    check_range,
+    nearest,
+    statistics_like,
+    takes_foreach,
+)
+from archopt.optim.orthogonalise import METHODS, orthogonalise
+from archopt.roles import Role, group_by_treatment, parameter_roles
+
+FAMILIES = ("hidden", "head", "embedding", "vector")
+RADII = ("own", "unit", "rms")
+SHARED = ("feedback_decay", "feedback_gain", "target", "target_steps", "initial_theta", "limit")
+"""Options of the one feedback that all groups share: they must agree between groups."""
+
+THETA_RANGE = (1e-6, 1.0)
+RHO_RANGE = (-2.0, 2.0)
+GROWN_NORM = 3**-0.5  # norm of a row as torch.nn.Linear initialises it; where rows that start at zero grow up
+FOREACH_ENTRIES = 2**24  # entries stacked at a time in the foreach form: bounds its transient memory
+
+
+class Feedback(NamedTuple):
+    """What the optimiser as a whole remembers, 0-d each, in the order of the state tensor `feedback`."""
+
+    steps: Tensor
+    """t: steps taken. A step that was void, or had zero gradients everywhere, is none."""
+    theta: Tensor
+    rho: Tensor
+    C: Tensor
+    G: Tensor
+    slope: Tensor
+    """c, average of C."""
+    expected: Tensor
+    """e, average of G."""
+    size: Tensor
+    """q, average of the squared norm of the limited gradients."""
+    skipped: Tensor
+    """Steps that were void because something was not finite."""
+
+
+def feedback_update(
+    past: Feedback, norm: Tensor, product: Tensor, moving: Tensor, *, beta2: float, options: Mapping[str, Any]
+) -> tuple[Feedback, Tensor]:
+    """The feedback of one step: returns what is remembered (G is last step's still) and the limiting factor f.
+
+    norm: N. product: <g, d> of the gradients as they are. moving: whether any group has a learning rate other than
+    0; theta and its averages stand still while none has. All 0-d. The first step has no past: f = 1, theta as it is.
+    """
+    expected_norm = (past.size / bias_correction(beta2, past.steps)).sqrt()
+    f = torch.where(past.size > 0, (options["limit"] * expected_norm / norm).clamp(max=1.0), 1.0)
+    t = past.steps + 1
+    C = f * product
+    slope = past.slope.lerp(C.to(past.slope), 1 - options["feedback_decay"])
+    expected = past.expected.lerp(past.G, 1 - options["feedback_decay"])
+    rho = torch.where(expected > 0, slope / expected, 0.0).clamp(*RHO_RANGE)
+    target = options["target"] / (1 + t / options["target_steps"]).sqrt()
+    theta = (past.theta * torch.exp(options["feedback_gain"] * (rho + target))).clamp(*THETA_RANGE)
+    learns = moving & (past.steps > 0)
+    return past._replace(
+        steps=t,
+        theta=torch.where(learns, theta, past.theta),
+        rho=torch.where(learns, rho, past.rho),
+        C=C,
+        slope=torch.where(learns, slope, past.slope),
+        expected=torch.where(learns, expected, past.expected),
+        size=beta2 * past.size + (1 - beta2) * (f * norm).square(),
+    ), f
+
+
+class Rows(NamedTuple):
+    """A tensor, or a stack of equal ones, as `(..., blocks, rows, fan_in)`, and what is kept of each row.
+
+    Vectors keep their shape and have empty `radius` and `grows_to`.
+    """
+
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    movement: Tensor
+    radius: Tensor
+    grows_to: Tensor
+    """The norm at which a row that started at zero is grown up; 0 for every other row."""
+
+
+def rows_update(
+    past: Rows,
+    grad: Tensor,
+    step: Tensor,
+    theta: Tensor,
+    lr: Rate,
+    *,
+    beta: float,
+    beta2: float,
+    family: str,
+    method: str,
+) -> tuple[Rows, Tensor]:
+    """One step of the rows of a matrix: returns the new rows and sum <gh, d>.
+
+    A row keeps its bits where lr, its averaged gradient, its direction or s is zero. A *young* row, which had norm
+    0 at the start, takes plain steps -theta u, with R = 1 in u (sqrt(fan_in) in an embedding), and R follows its
+    norm until that reaches `grows_to`.
+    """
+    w, m, v, _, R, grows_to = past
+    m = beta * m + (1 - beta) * grad
+    v = beta2 * v + (1 - beta2) * _norm(grad).square()
+    gh = m / bias_correction(beta, step).to(m.dtype)
+    s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
+
+    young = grows_to > 0
+    direction = orthogonalise(gh, method) if family == "hidden" else gh
+    length = _norm(direction) if family == "hidden" else s
+    angle = theta * lr
+    moves = (length > 0) & (s > 0) & (gh != 0).any(-1, keepdim=True) & (angle != 0)
+    reach = torch.where(young, w.size(-1) ** 0.5 if family == "embedding" else 1.0, R)
+    stepped = w - angle * reach / _nonzero(length) * direction
+    norm = _norm(stepped)
+    moves = moves & (norm > 0)
+
+    grown = R
+    if family != "embedding":
+        grown = R * torch.exp(-0.5 * angle * (gh * w).sum(-1, keepdim=True) / _nonzero(R * s))
+    new_radius = torch.where(moves, torch.where(young, norm, grown), R)
+    turned = torch.where(young, stepped, grown / _nonzero(norm) * stepped)
+    new_weight = torch.where(moves, turned, w)
+    d = (w - new_weight) / theta
+    still_growing = torch.where(young & (new_radius >= grows_to), 0.0, grows_to)
+    return Rows(new_weight, m, v, d, new_radius, still_growing), (gh * d).sum()
+
+
+def vector_update(
+    past: Rows, grad: Tensor, step: Tensor, theta: Tensor, lr: Rate, *, beta: float, beta2: float
+) -> tuple[Rows, Tensor]:
+    """One step of a vector, entry by entry: returns its new values and sum <gh, d>."""
+    p, m, v = past.weight, past.exp_avg, past.exp_avg_sq
+    m = beta * m + (1 - beta) * grad
+    v = beta2 * v + (1 - beta2) * grad.square()
+    gh = m / bias_correction(beta, step).to(m.dtype)
+    s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
+    angle = theta * lr
+    moves = (s > 0) & (gh != 0) & (angle != 0)
+    new = torch.where(moves, p - angle * gh / _nonzero(s), p)
+    d = (p - new) / theta
+    return past._replace(weight=new, exp_avg=m, exp_avg_sq=v, movement=d), (gh * d).sum()
+
+
+class AutoNero(ArchOptimizer):
+    """AutoNero: every neuron turns by one angle, set by feedback from the next gradient. Nothing to tune.
+
+    Args:
+        params: the module whose parameters are trained, each by its role (`archopt.parameter_roles`); or groups as
+            `module_groups(model)` gives them, to set options for each. Bare parameters are refused.
+        lr: a plain multiplier of the angle, for schedulers; not a knob. 0 freezes the group, and where it is 0 in
+            all groups the angle too.
+        beta, beta2: averaging constants of the gradients and of their squares, in [0, 1).
+        feedback_decay, feedback_gain: lambda, the memory of the feedback, and kappa, how fast the angle follows it.
+        target, target_steps: tau and T. The angle settles where rho = -tau / sqrt(1 + t/T).
+        initial_theta: the angle of the first step, in radians.
+        limit: gradients longer than this many times their running size are shortened to it.
+        radius: "own": rows of hidden matrices and heads keep their initial norms as first radii. "unit": they are
+            scaled to norm 1 at construction, which very deep plain networks need.
+        embedding_radius: "rms": rows of embeddings are scaled to RMS 1 at construction, and keep it. "own": they
+            keep the norm that they have, which a trained network needs.
+        orthogonalise: "newton-schulz", or "svd", exact and slow.
+        roles: overrides, pattern of a parameter's name -> role (see `parameter_roles`).
+        maximize: ascend instead.
+        foreach: stack tensors of equal shape; None chooses (True on CUDA).
+        fused: no fused form yet; True is refused.
+        capturable: for torch's own check under CUDA graphs; the step never waits for the device anyway.
+
+    Construction changes embeddings (see `embedding_radius`) and nothing else. Rows of norm 0, such as padding, are
+    never scaled. A group added later without a `family` takes its matrices as hidden ones, all else as vectors.
+
+    The angle `theta`, the quotient `rho`, the slope `C` and its expectation `G` are 0-d tensors to log. A step with
+    a gradient that is not finite changes nothing and is counted in `skipped`; a step whose gradients are all zero
+    is no step.
+
+    Raises TypeError for bare parameters, complex parameters, sparse gradients and unknown options; ValueError for
+    a module without matrices or without trainable parameters, for meta tensors and for values out of range.
+
+    State, per tensor: `step` (t of this tensor), `exp_avg` (m), `exp_avg_sq` (v, one entry a row), `movement` (d),
+    `radius` and `grows_to` (one entry a row), and `feedback` (see `Feedback`), one tensor shared by all.
+
+    Example:
+        >>> import torch, archopt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> optimizer = archopt.AutoNero(model)
+        >>> model(torch.ones(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> round(float(optimizer.theta), 6)
+        0.01
+    """
+
+    state_names = ("step", "exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "feedback")
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[dict[str, Any]],
+        *,
+        lr: Rate = 1.0,
+        beta: float = 0.9,
+        beta2: float = 0.99,
+        feedback_decay: float = 0.95,
+        feedback_gain: float = 0.05,
+        target: float = 0.15,
+        target_steps: float = 100.0,
+        initial_theta: float = 0.01,
+        limit: float = 2.0,
+        radius: str = "own",
+        embedding_radius: str = "rms",
+        orthogonalise: str = "newton-schulz",
+        roles: Mapping[str, str] | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        if isinstance(params, nn.Module):
+            groups = module_groups(params, roles)
+        else:
+            groups = _only_groups(params)
+            if roles is not None:
+                raise ValueError("roles=... needs a module: AutoNero(model, roles=...), not AutoNero(groups)")
+        defaults = {
+            "lr": lr,
+            "beta": beta,
+            "beta2": beta2,
+            "feedback_decay": feedback_decay,
+            "feedback_gain": feedback_gain,
+            "target": target,
+            "target_steps": target_steps,
+            "initial_theta": initial_theta,
+            "limit": limit,
+            "radius": radius,
+            "embedding_radius": embedding_radius,
+            "orthogonalise": orthogonalise,
+            "family": "hidden",
+            "neuron_dim": 0,
+            "channel_groups": 1,
+            "blocks": 1,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        super().__init__(groups, defaults)
+
+    @property
+    def theta(self) -> Tensor:
+        """The angle of the last step, in radians, without `lr`; before the first step the initial one."""
+        return self.feedback.theta
+
+    @property
+    def rho(self) -> Tensor:
+        """c/e of the last step: near 1 the steps are too short, 0 is the best single step, below 0 too long."""
+        return self.feedback.rho
+
+    @property
+    def C(self) -> Tensor:
+        """The slope along the previous movement, as the last gradient saw it."""
+        return self.feedback.C
+
+    @property
+    def G(self) -> Tensor:
+        """The slope along the last movement, as its own averaged gradient saw it."""
+        return self.feedback.G
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps were void because a gradient was not finite."""
+        return self.feedback.skipped
+
+    @property
+    def feedback(self) -> Feedback:
+        """A copy of what the optimiser as a whole remembers, as 0-d tensors."""
+        held = self._held_feedback()
+        return Feedback(*(self._new_feedback() if held is None else held).clone().unbind())
+
+    # -- groups and state ----------------------------------------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "feedback_gain", "target"):
+            check_range("AutoNero", name, group[name], low=0.0)
+        for name in ("beta", "beta2", "feedback_decay"):
+            check_range("AutoNero", name, group[name], low=0.0, high=1.0)
+        for name in ("target_steps", "limit", "channel_groups", "blocks"):
+            check_range("AutoNero", name, group[name], low=1)
+        check_range("AutoNero", "initial_theta", group["initial_theta"], low=THETA_RANGE[0], high=THETA_RANGE[1])
+        _check_choice("radius", group["radius"], RADII)
+        _check_choice("embedding_radius", group["embedding_radius"], RADII)
+        _check_choice("orthogonalise", group["orthogonalise"], METHODS)
+        _check_choice("family", group["family"], FAMILIES)
+        check_forms("AutoNero", group)
+        for name in SHARED if self.param_groups else ():
+            if group[name] != (first := self.param_groups[0][name]):
+                raise ValueError(
+                    f"AutoNero: {name}={group[name]!r} in this group, but {first!r} in the first: one feedback "
+                    f"serves all groups, so give {name} to AutoNero(...) rather than to a group"
+                )
+        for item in group["params"]:
+            param = item[1] if isinstance(item, tuple) else item
+            if isinstance(param, Tensor):
+                _check_blocks(param, group)
+
+    def _constrain_group(self, group: dict[str, Any]) -> None:
+        radius = group["embedding_radius" if group["family"] == "embedding" else "radius"]
+        for param in self._trainable(group):
+            if radius != "own" and (dims := _dims(param, group)):
+                _scale_rows_(as_rows(param, group["channel_groups"]), dims, rms=radius == "rms")
+
+    def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        exact = statistics_like(param)
+        zeros = torch.zeros_like(param, dtype=exact, requires_grad=False)
+        state = {
+            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            "exp_avg": zeros,
+            "movement": zeros.clone(),
+            "feedback": self._new_feedback(),
+        }
+        if dims := _dims(param, group):
+            norm = row_norm(as_rows(param.detach(), group["channel_groups"]), dims)
+            fan_in = param.numel() / norm.numel()
+            grown = torch.full_like(norm, fan_in**0.5 if group["family"] == "embedding" else GROWN_NORM)
+            grown = torch.where((norm > 0).any(), _median_of_positive(norm), grown)
+            grows_to = torch.where(norm > 0, 0.0, grown)
+            return state | {"exp_avg_sq": torch.zeros_like(norm), "radius": norm, "grows_to": grows_to}
+        none = zeros.new_empty(0)
+        return state | {"exp_avg_sq": zeros.clone(), "radius": none, "grows_to": none.clone()}
+
+    def _new_feedback(self) -> Tensor:
+        """On the device of the first parameter, in float64 only where a weight is: scalars must not lose digits."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        trainable = [param for param in params if param.requires_grad] or params
+        double = any(param.dtype == torch.float64 for param in trainable)
+        feedback = torch.zeros(
+            len(Feedback._fields),
+            dtype=torch.float64 if double else torch.float32,
+            device=trainable[0].device,
+        )
+        feedback[Feedback._fields.index("theta")] = self.param_groups[0]["initial_theta"]
+        return feedback
+
+    def _held_feedback(self) -> Tensor | None:
+        """The feedback that any parameter holds; all hold the same."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if "feedback" in (state := self.state.get(param, {})):
+                    held: Tensor = state["feedback"]
+                    return held
+        return None
+
+    def _create_state(self) -> None:
+        """Gives new parameters their state, and makes all hold one and the same feedback tensor.
+
+        Every parameter carries it because torch's state dicts know parameters and groups alone, and group values
+        are not moved between devices, and are compared and copied by parameter, by checkpoint tools. So any part
+        of the parameters carries the whole, whatever was frozen, added, dropped or sharded between.
+        """
+        held = self._held_feedback()
+        super()._create_state()
+        held = self._held_feedback() if held is None else held
+        for state in self.state.values():
+            if "feedback" in state and state["feedback"] is not held and held is not None:
+                state["feedback"] = held
+
+    # -- the step ------------------------------------------------------------------------------------------
+
+    def _update(self) -> None:
+        batches = [(group, batch) for group in self.param_groups for batch in self._batches(group)]
+        held = self._held_feedback()
+        if not batches or held is None:
+            return
+        home, shared = held.device, self.param_groups[0]
+        measures = [self._measure(batch, group) for group, batch in batches]
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(home) for norm, _ in measures]))
+        product = torch.stack([product.to(home) for _, product in measures]).sum()
+        moving = torch.stack([_is_not_zero(group["lr"], home) for group, _ in batches]).any()
+        past = Feedback(*held.unbind())
+        new, f = feedback_update(past, norm, product, moving, beta2=shared["beta2"], options=shared)
+        finite = torch.isfinite(norm) & torch.isfinite(product)
+        live = finite & (norm > 0)
+
+        expected = [self._advance(batch, group, f, new.theta, live) for group, batch in batches]
+        new = new._replace(G=torch.stack([part.to(home) for part in expected]).sum())
+        self._drop_movements(live)
+        skipped = past.skipped + ~finite
+        held.copy_(torch.where(live, torch.stack([value.to(held.dtype) for value in new]), held))
+        held[Feedback._fields.index("skipped")] = skipped
+
+    def _batches(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """The group's parameters that have a gradient: one by one, or of equal shape together (foreach)."""
+        params = [p for p in self._trainable(group) if p.grad is not None]
+        if not params or not takes_foreach(group, params):
+            return [[p] for p in params]
+        alike: dict[Any, list[list[Tensor]]] = {}
+        for param in params:
+            batches = alike.setdefault((param.shape, param.dtype, param.device), [[]])
+            if len(batches[-1]) * param.numel() >= FOREACH_ENTRIES:
+                batches.append([])
+            batches[-1].append(param)
+        return [batch for batches in alike.values() for batch in batches]
+
+    def _measure(self, batch: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """||g|| and <g, d> over tensors of a group."""
+        exact = statistics_like(batch[0])
+        grads = [p.grad.to(exact) for p in batch if p.grad is not None]
+        norms = torch._foreach_norm(grads)
+        products = torch._foreach_mul(grads, [self.state[p]["movement"] for p in batch])
+        product = torch.stack([entries.sum() for entries in products]).sum()
+        return torch.linalg.vector_norm(torch.stack(list(norms))), -product if group["maximize"] else product
+
+    def _advance(
+        self, batch: list[Tensor], group: dict[str, Any], f: Tensor, theta: Tensor, live: Tensor
+    ) -> Tensor:
+        """One step of tensors of one shape, stacked; returns sum <gh, d>. All keep their bits unless `live`."""
+        device, exact, dims = batch[0].device, statistics_like(batch[0]), _dims(batch[0], group)
+        f, theta, live = f.to(device), theta.to(device), live.to(device)
+        channel_groups = group["channel_groups"] if dims else 1
+        states = [self.state[p] for p in batch]
+        full = ([as_rows(state[name], channel_groups) for state in states] for name in ("exp_avg", "movement"))
+        per_row = ([state[name] for state in states] for name in ("exp_avg_sq", "radius", "grows_to"))
+        exp_avg, movement = full
+        held = Rows([as_rows(p, channel_groups) for p in batch], exp_avg, movement, *per_row)
+        grads = [as_rows(-p.grad if group["maximize"] else p.grad, channel_groups) for p in batch]
+
+        def stack(tensors: list[Tensor]) -> Tensor:
+            parts = [_to_matrices(t.to(exact), dims, group["blocks"]) for t in tensors]
+            return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+
+        past = Rows(*map(stack, held))
+        steps = torch.stack([state["step"] for state in states])
+        t = (steps + 1).reshape(-1, *[1] * (past.weight.dim() - 1))
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        constants = {"beta": group["beta"], "beta2": group["beta2"]}
+        if dims:
+            constants |= {"family": group["family"], "method": group["orthogonalise"]}
+        update = rows_update if dims else vector_update
+        new, expected = update(past, stack(grads) * f, t, theta, lr, **constants)
+        for targets, after, before in zip(held, new, past, strict=True):
+            parts = torch.where(live, after, before).unbind()
+            sources = [_from_matrices(part, target.shape, dims) for part, target in zip(parts, targets)]
+            torch._foreach_copy_(targets, sources)
+        for state in states:
+            state["step"] += live
+        return expected
+
+    def _drop_movements(self, live: Tensor) -> None:
+        """A tensor without a gradient took no part in this step: its movement is of another point, so forget it."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                if "movement" in state and (param.grad is None or not param.requires_grad):
+                    state["movement"].mul_(~live.to(param.device))
+
+
+# -- rows and their shapes ---------------------------------------------------------------------------------
+
+
+def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+    """The dimensions of `as_rows` that a row sums over; `()` for vectors and for all of fan-in 1."""
+    if group["family"] == "vector":
+        return ()
+    return fan_in_dims(param.shape, group["neuron_dim"], group["channel_groups"])
+
+
+def _to_matrices(rows: Tensor, dims: tuple[int, ...], blocks: int) -> Tensor:
+    """Rows as `(blocks, rows, fan_in)`, or as they are where `dims` is empty. A view where strides allow."""
+    if not dims:
+        return rows
+    kept = [dim for dim in range(rows.dim()) if dim not in dims]
+    count = 1
+    for dim in kept:
+        count *= rows.size(dim)
+    return rows.permute(*kept, *dims).reshape(blocks, count // blocks, -1)
+
+
+def _from_matrices(matrices: Tensor, shape: torch.Size, dims: tuple[int, ...]) -> Tensor:
+    """The inverse of `_to_matrices`, for rows of `shape`."""
+    if not dims:
+        return matrices
+    order = [dim for dim in range(len(shape)) if dim not in dims] + list(dims)
+    return matrices.reshape([shape[dim] for dim in order]).permute([order.index(d) for d in range(len(shape))])
+
+
+def _scale_rows_(rows: Tensor, dims: tuple[int, ...], *, rms: bool) -> None:
+    """Scales rows to RMS 1, or to norm 1, in place. Rows of norm 0 and rows that are there already keep bits."""
+    exact = rows.to(statistics_like(rows))
+    norm = row_norm(exact, dims)
+    goal = (rows.numel() / norm.numel()) ** 0.5 if rms else 1.0
+    leave = (norm == 0) | ((norm - goal).abs() <= 4 * torch.finfo(rows.dtype).eps * goal)
+    rows.copy_(torch.where(leave, rows, (exact * (goal / _nonzero(norm))).to(rows.dtype)))
+
+
+def _median_of_positive(norm: Tensor) -> Tensor:
+    """The median of the positive entries, without waiting for the device; anything finite where there is none."""
+    ordered = norm.flatten().sort().values
+    zeros = (ordered == 0).sum()
+    positive = ordered.numel() - zeros
+    middle = torch.stack([zeros + (positive - 1) // 2, zeros + positive // 2])
+    return ordered.gather(0, middle.clamp(0, ordered.numel() - 1)).mean()
+
+
+def _norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    """`values` with 1 for 0: a denominator whose quotient is discarded, or 0, where it was 0."""
+    return torch.where(values == 0, 1.0, values)
+
+
+def _is_not_zero(lr: Rate, device: torch.device) -> Tensor:
+    if isinstance(lr, Tensor):
+        return (lr != 0).reshape(()).to(device)
+    return torch.full((), lr != 0, device=device)
+
+
+# -- groups ------------------------------------------------------------------------------------------------
+
+
+def module_groups(model: nn.Module, roles: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Parameter groups of a module for AutoNero, one for each treatment, with names."""
+    return group_by_treatment(parameter_roles(model, roles), autonero_treatment)
+
+
+def autonero_treatment(role: Role) -> dict[str, Any]:
+    """What AutoNero does with a role, as group options.
+
+    A table that is embedding and head at once is a head: at RMS 1 its logits would be sqrt(d) times too large.
+    """
+    return {
+        "role": role.kind,
+        "family": "head" if role.kind == "tied" else role.family,
+        "neuron_dim": role.neuron_dim,
+        "channel_groups": role.channel_groups,
+        "blocks": role.groups * role.slices,
+    }
+
+
+def _only_groups(params: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups given, which must say what their tensors are."""
+    groups = list(params)
+    for group in groups:
+        if not isinstance(group, dict) or "family" not in group:
+            given = f"a {type(group).__name__}" if not isinstance(group, dict) else "a group without a family"
+            raise TypeError(
+                f"AutoNero treats a tensor by what it is in the network, and was given {given}; write "
+                "AutoNero(model) instead of AutoNero(model.parameters()), or pass "
+                "archopt.optim.autonero.module_groups(model) with your options in the groups"
+            )
+    return groups
+
+
+def _check_blocks(param: Tensor, group: Mapping[str, Any]) -> None:
+    dims = _dims(param, group)
+    rows = as_rows(param, group["channel_groups"]) if dims else param
+    count = 1
+    for dim, size in enumerate(rows.shape):
+        count *= size if dim not in dims else 1
+    if dims and count % group["blocks"]:
+        raise ValueError(
+            f"blocks={group['blocks']} does not divide the {count} rows of a weight of shape "
+            f"{tuple(param.shape)}; give the number of equal slices, or 1"
+        )
+
+
+def _check_choice(name: str, value: Any, valid: Iterable[str]) -> None:
+    valid = list(valid)
+    if value not in valid:
+        raise ValueError(
+            f"AutoNero: {name}={value!r}{nearest(str(value), valid)} (valid: {', '.join(map(repr, valid))})"
+        )

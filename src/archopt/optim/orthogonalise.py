@@ -1,0 +1,58 @@
+"""The polar factor of a matrix: its nearest matrix with all non-zero singular values equal to 1.
+
+With G = U S V^T the polar factor is U V^T. `newton_schulz` approaches it by five steps of an odd polynomial that
+needs matrix products alone, `svd` computes it. All functions take batches of matrices, `(..., rows, columns)`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Five steps of a x + b x^3 + c x^5 with Muon's coefficients (Jordan et al. 2024): steep at 0 rather than exact at
+# 1, so that singular values above 1e-2 of the norm end between 0.68 and 1.21.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """Roughly the polar factor: its singular vectors, singular values around 1. Zero matrices stay zero.
+
+    matrices: `(..., rows, columns)`, float32 or wider; the products are formed in that type, also under autocast.
+    """
+    a, b, c = COEFFICIENTS
+    wide = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
+    with torch.autocast(wide.device.type, enabled=False):
+        x = unit_frobenius(wide)
+        for _ in range(STEPS):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if matrices.size(-2) > matrices.size(-1) else x
+
+
+def svd(matrices: Tensor) -> Tensor:
+    """The polar factor up to rounding; directions with no singular value to speak of are left out.
+
+    Entries that are not finite count as zero here: LAPACK would raise where a step is about to be discarded.
+    """
+    u, s, vh = torch.linalg.svd(torch.nan_to_num(matrices, posinf=0.0, neginf=0.0), full_matrices=False)
+    floor = s[..., :1] * (max(matrices.shape[-2:]) * torch.finfo(s.dtype).eps)
+    return (u * (s > floor).unsqueeze(-2)) @ vh
+
+
+METHODS: dict[str, Callable[[Tensor], Tensor]] = {"newton-schulz": newton_schulz, "svd": svd}
+
+
+def orthogonalise(matrices: Tensor, method: str = "newton-schulz") -> Tensor:
+    """The polar factor of each matrix by `method`, a key of `METHODS`; a single row or column is exact anyway."""
+    if 1 in matrices.shape[-2:]:
+        return unit_frobenius(matrices)
+    return METHODS[method](matrices)
+
+
+def unit_frobenius(matrices: Tensor) -> Tensor:
+    """Each matrix over its Frobenius norm, which is taken after scaling so that small entries count."""
+    peak = matrices.abs().amax(dim=(-2, -1), keepdim=True)
+    scaled = matrices / torch.where(peak == 0, 1.0, peak)
+    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    return scaled / torch.where(norm == 0, 1.0, norm)
