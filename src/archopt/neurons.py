@@ -21,7 +21,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def as_rows(tensor: Tensor, channel_groups: int = 1) -> Tensor:
     """`tensor` with the channel groups of a grouped transposed convolution as a dimension of their own: a view."""
-    return tensor if channel_groups == 1 else tensor.unflatten(0, (channel_groups, -1))
+    return tensor if channel_groups == 1 else torch.unflatten(tensor, 0, (channel_groups, -1))
 
 
 def fan_in_dims(shape: torch.Size, neuron_dim: NeuronDim = 0, channel_groups: int = 1) -> tuple[int, ...]:
@@ -61,43 +61,49 @@ def row_norm(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
     dtype = statistics_dtype(rows.dtype)
     if not dims:
         return rows.abs().to(dtype)
-    return torch.linalg.vector_norm(rows, dim=dims, keepdim=True, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=dims, keepdim=True, dtype=dtype)
+    return norm
 
 
 def balance(rows: Tensor, dims: tuple[int, ...], *, zero_mean: bool = True, unit_norm: bool = True) -> Tensor:
     """Each row centred, then divided by its norm (2102.07227, section 3).
 
-    A row that leaves nothing to normalise (zero; or constant, so that centring leaves only rounding) has no
-    balanced counterpart on the sphere and is returned as it is.
+    A row that centring leaves nothing of (it was zero, or constant) is not divided: there is no 0/0.
     """
-    if not dims or not (zero_mean or unit_norm):
+    if not dims:
         return rows
-    mean = row_mean(rows, dims) if zero_mean else torch.zeros((), dtype=rows.dtype, device=rows.device)
-    centred = rows - mean
-    if not unit_norm:
-        return centred
-    norm = row_norm(centred, dims)
-    exists = norm > norm_floor(mean, norm, rows.numel())
-    return torch.where(exists, centred / torch.where(exists, norm, 1.0), rows)
+    mean = None
+    if zero_mean:
+        mean = row_mean(rows, dims)
+        rows = rows - mean
+    if unit_norm:
+        rows = rows / divisor(row_norm(rows, dims), mean, rows.numel())
+    return rows
 
 
-def norm_floor(mean: Tensor, norm: Tensor, numel: int) -> Tensor:
-    """What rounding alone can leave of a row's norm after its mean is subtracted."""
+def divisor(norm: Tensor, mean: Tensor | None, numel: int) -> Tensor:
+    """The norm that a row is divided by, or 1 where it is no more than what rounding leaves of a constant row."""
     precision = torch.finfo(norm.dtype)
-    fan_in = numel / max(norm.numel(), 1)
-    return mean.abs() * (8 * precision.eps * fan_in**0.5) + precision.tiny
+    floor: Tensor | float = precision.tiny
+    if mean is not None:
+        fan_in = numel / max(norm.numel(), 1)
+        floor = mean.abs() * (8 * precision.eps * fan_in**0.5) + floor
+    return torch.where(norm > floor, norm, 1.0)
 
 
 def balance_(
     weight: Tensor, dims: tuple[int, ...], channel_groups: int = 1, *, zero_mean: bool, unit_norm: bool
 ) -> None:
-    """Balances `weight` in place; a row that meets the constraints already keeps its bits."""
+    """Balances `weight` in place. Rows that are balanced already, zero or (if centred) constant keep every bit."""
     if not dims or weight.numel() == 0 or not (zero_mean or unit_norm):
         return
     rows = as_rows(weight, channel_groups)
     exact = rows.to(statistics_dtype(rows.dtype))
-    balanced = balance(exact, dims, zero_mean=zero_mean, unit_norm=unit_norm).to(rows.dtype)
-    rows.copy_(torch.where(is_balanced(rows, dims, zero_mean=zero_mean, unit_norm=unit_norm), rows, balanced))
+    keeps = is_balanced(rows, dims, zero_mean=zero_mean, unit_norm=unit_norm)
+    balanced = balance(exact, dims, zero_mean=zero_mean, unit_norm=unit_norm)
+    if unit_norm:
+        keeps |= row_norm(balanced, dims) < 0.5
+    rows.copy_(torch.where(keeps, rows, balanced.to(rows.dtype)))
 
 
 def is_balanced(rows: Tensor, dims: tuple[int, ...], *, zero_mean: bool, unit_norm: bool) -> Tensor:

@@ -163,11 +163,17 @@ class ArchOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._cuda_graph_capture_health_check()
+        if not torch.compiler.is_compiling():
+            self._check_graph_capture()
         self._check_gradients()
         self._create_state()
         self._update()
         return loss
+
+    def _check_graph_capture(self) -> None:
+        """torch's check that a CUDA graph is captured with `capturable` alone, under its new or its old name."""
+        new = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (new or self._cuda_graph_capture_health_check)()
 
     # -- state ---------------------------------------------------------------------------------------------
 
@@ -262,7 +268,9 @@ def check_range(rule: str, name: str, value: Any, *, low: float, high: float | N
         return
     expected = f"{low} <= {name}" + (f" < {high}" if high is not None else "")
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{rule}: {name}={value!r} is a {type(value).__name__}, expected a number, {expected}")
+        raise TypeError(
+            f"{rule}: {name}={value!r} is a {type(value).__name__}, expected a number, {expected}"
+        )
     if not (value >= low and (high is None or value < high)) or value == float("inf"):
         raise ValueError(f"{rule}: {name}={value!r}, expected {expected}")
 
@@ -277,15 +285,15 @@ def check_flags(rule: str, group: dict[str, Any], *names: str) -> None:
 def check_forms(rule: str, group: dict[str, Any]) -> None:
     """Refuses forms of a rule that cannot be honoured, with the reason."""
     if group["fused"]:
-        raise ValueError(f"{rule}: fused=True, but this version has no fused form; use fused=None or foreach=True")
+        raise ValueError(
+            f"{rule}: fused=True, but this version has no fused form; use fused=None or foreach=True"
+        )
     check_flags(rule, group, "maximize", "capturable")
 
 
-def takes_foreach(group: dict[str, Any], params: list[Tensor]) -> bool:
-    """Whether this group takes the foreach form: as asked, else on accelerators, where launches cost most."""
-    if group["foreach"] is not None:
-        return bool(group["foreach"])
-    return all(p.device.type == "cuda" for p in params)
+def takes_foreach(group: dict[str, Any]) -> bool:
+    """Whether this group takes the foreach form: as asked, else yes (measured faster, on the CPU too)."""
+    return group["foreach"] is not False
 
 
 def warn_assumption(message: str) -> None:

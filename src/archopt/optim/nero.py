@@ -12,13 +12,14 @@ other entry of fan-in 1 is a neuron of its own with ||g|| = |g| and s the mean |
 never projected. The bias correction 1 - beta^t and the frozen s follow the authors' program (spec 1.1).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from archopt.neurons import NeuronDim, as_rows, balance, balance_, fan_in_dims, row_norm
+from archopt.neurons import NeuronDim, as_rows, balance, balance_, divisor, fan_in_dims, row_mean, row_norm
 from archopt.optim.base import (
     ArchOptimizer,
     Params,
@@ -62,7 +63,7 @@ def nero_update(
     finite = torch.isfinite(norm.square())
     v = torch.where(finite, beta * exp_avg_sq + (1 - beta) * norm.square(), exp_avg_sq)
     rms = (v / bias_correction(beta, step)).sqrt()
-    moves = finite & (norm > 0) & (rms > 0) & (torch.as_tensor(lr) != 0)
+    moves = finite & (norm > 0) & (rms > 0) & (lr != 0)
     stride = torch.where(moves, lr * scale / rms, 0.0)
     updated = weight - torch.where(moves, stride * grad, 0.0)
     updated = balance(updated, dims, zero_mean=zero_mean, unit_norm=unit_norm)
@@ -84,7 +85,8 @@ class Nero(ArchOptimizer):
         channel_groups: groups of a grouped transposed convolution, whose dimension 0 is split first.
         roles: overrides for a module, pattern of a parameter's name -> role (see `parameter_roles`).
         maximize: ascend instead.
-        foreach: batch operations over tensors; None chooses (True on CUDA).
+        foreach: batch operations over tensors; None chooses it (faster on CPU and GPU, but it holds a
+            temporary the size of the gradients; False does not).
         fused: no fused form yet; True is refused.
         capturable: keep the step counts on the device, for CUDA graphs.
 
@@ -148,7 +150,9 @@ class Nero(ArchOptimizer):
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 if "turn" in self.state.get(param, {}):
-                    turns.setdefault(group.get("role", f"group {index}"), []).append(self.state[param]["turn"])
+                    turns.setdefault(group.get("role", f"group {index}"), []).append(
+                        self.state[param]["turn"]
+                    )
         return {role: torch.stack(values).mean() for role, values in turns.items()}
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -198,7 +202,7 @@ class Nero(ArchOptimizer):
             states = [self.state[p] for p in params]
             for state in states:
                 state["step"] += 1
-            form = _foreach_nero if takes_foreach(group, params) else _single_tensor_nero
+            form = _foreach_nero if takes_foreach(group) else _single_tensor_nero
             form(params, states, group)
 
 
@@ -212,9 +216,7 @@ def _project(param: Tensor, group: dict[str, Any], only: Tensor | None = None) -
     if not dims:
         return
     before = None if only is None else param.clone()
-    balance_(
-        param, dims, group["channel_groups"], zero_mean=group["zero_mean"], unit_norm=group["unit_norm"]
-    )
+    balance_(param, dims, group["channel_groups"], zero_mean=group["zero_mean"], unit_norm=group["unit_norm"])
     if before is not None and only is not None:
         norm = row_norm(as_rows(only, group["channel_groups"]), dims)
         rows = as_rows(param, group["channel_groups"])
@@ -246,6 +248,82 @@ def _single_tensor_nero(params: list[Tensor], states: list[dict[str, Tensor]], g
         state["exp_avg_sq"].copy_(v)
         state["turn"].copy_(turn.mean())
         state["skipped"] += (~finite).sum()
+
+
+def _foreach_nero(params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+    """The same step with the statistics of all rows in one vector and one launch a list of tensors."""
+    buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, param in enumerate(params):
+        buckets.setdefault((param.device, param.dtype), []).append(index)
+    for indices in buckets.values():
+        _foreach_bucket([params[i] for i in indices], [states[i] for i in indices], group)
+
+
+def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+    lr, beta, exact = group["lr"], group["beta"], statistics_like(params[0])
+    all_dims = [_dims(p, group) for p in params]
+    weights, grads = [], []
+    for param, dims in zip(params, all_dims, strict=True):
+        assert param.grad is not None
+        channel_groups = group["channel_groups"] if dims else 1
+        weights.append(as_rows(param, channel_groups))
+        grads.append(as_rows(param.grad, channel_groups).to(exact))
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+
+    # Statistics of all rows, one vector each.
+    norms = [row_norm(g, dims) for g, dims in zip(grads, all_dims, strict=True)]
+    sizes = [norm.numel() for norm in norms]
+    count = _counts.__wrapped__ if torch.compiler.is_compiling() else _counts
+    counts = count(tuple(sizes), norms[0].device)
+    norm = torch.cat([norm.flatten() for norm in norms])
+    old = torch.cat([state["exp_avg_sq"].flatten() for state in states])
+    finite = torch.isfinite(norm.square())
+    v = torch.where(finite, beta * old + (1 - beta) * norm.square(), old)
+    corrections = bias_correction(beta, torch.stack([state["step"] for state in states])).sqrt()
+    rates = lr * torch.stack([state["scale"] for state in states]) * corrections.to(norm.device, exact)
+    rates = rates.repeat_interleave(counts, output_size=norm.numel())
+    moves = finite & (norm > 0) & (v > 0) & (lr != 0)
+    stride = torch.where(moves, rates / v.sqrt(), 0.0)
+    turn = stride * torch.where(moves, norm, 0.0)
+
+    def by_tensor(rows: Tensor) -> list[Tensor]:
+        return [part.view_as(n) for part, n in zip(torch.split(rows, sizes), norms, strict=True)]
+
+    torch._foreach_copy_([state["exp_avg_sq"] for state in states], by_tensor(v))
+    mean_turn = torch.segment_reduce(turn, "mean", lengths=counts)
+    skipped = torch.segment_reduce((~finite).to(exact), "sum", lengths=counts).to(torch.int32)
+    torch._foreach_copy_([state["turn"] for state in states], list(mean_turn.unbind()))
+    torch._foreach_add_([state["skipped"] for state in states], list(skipped.unbind()))
+
+    # Move; then centre and normalise the rows that moved. For the others every operation is an exact identity.
+    moving = by_tensor(moves)
+    targets = weights if exact == params[0].dtype else [w.to(exact) for w in weights]
+    updates = torch._foreach_mul(grads, by_tensor(stride))
+    for update, mask in zip(updates, moving, strict=True):
+        update.masked_fill_(~mask, 0.0)
+    torch._foreach_sub_(targets, updates)
+    on_sphere = [i for i, dims in enumerate(all_dims) if dims]
+    rows = [targets[i] for i in on_sphere]
+    means: list[Tensor] = []
+    if group["zero_mean"] and rows:
+        means = [torch.where(moving[i], row_mean(targets[i], all_dims[i]), 0.0) for i in on_sphere]
+        torch._foreach_sub_(rows, means)
+    if group["unit_norm"] and rows:
+        divisors = []
+        for position, i in enumerate(on_sphere):
+            mean = means[position] if means else None
+            length = divisor(row_norm(targets[i], all_dims[i]), mean, targets[i].numel())
+            divisors.append(torch.where(moving[i], length, 1.0))
+        torch._foreach_div_(rows, divisors)
+    if targets is not weights:
+        torch._foreach_copy_(weights, targets)
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rows a tensor; kept, since making it again at each step would copy from the host."""
+    return torch.tensor(sizes, device=device)
 
 
 def module_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
