@@ -78,11 +78,10 @@ def polar(matrix: Tensor) -> Tensor:
 class Reference:
     """The rule over named variables. `step` takes flat gradients, None where a tensor has none."""
 
-    def __init__(self, variables: dict[str, Variable], tau: float = TAU) -> None:
+    def __init__(self, variables: dict[str, Variable], theta0: float = THETA0) -> None:
         self.variables = variables
-        self.tau = tau
         self.t = 0
-        self.theta, self.rho, self.C, self.G, self.f = THETA0, 0.0, 0.0, 0.0, 1.0
+        self.theta, self.rho, self.C, self.G, self.f = theta0, 0.0, 0.0, 0.0, 1.0
         self.c, self.e, self.q = 0.0, 0.0, 0.0
         self.skipped = 0
 
@@ -106,7 +105,7 @@ class Reference:
             self.c = LAMBDA * self.c + (1 - LAMBDA) * self.C
             self.e = LAMBDA * self.e + (1 - LAMBDA) * self.G
             self.rho = min(2.0, max(-2.0, self.c / self.e)) if self.e > 0 else 0.0
-            exponent = KAPPA * (self.rho + self.tau / math.sqrt(1 + self.t / T))
+            exponent = KAPPA * (self.rho + TAU / math.sqrt(1 + self.t / T))
             self.theta = min(1.0, max(1e-6, self.theta * math.exp(exponent)))
 
         self.G = 0.0
@@ -151,7 +150,9 @@ class Reference:
                 self._row(x, row, i, gh[row], direction, s, lr)
         return float(gh @ x.d)
 
-    def _row(self, x: Variable, row: list[int], i: int, gh: Tensor, direction: Tensor, s: float, lr: float) -> None:
+    def _row(
+        self, x: Variable, row: list[int], i: int, gh: Tensor, direction: Tensor, s: float, lr: float
+    ) -> None:
         angle = lr * self.theta
         w = x.values[row].clone()
         unit = direction / direction.norm() if x.family == "hidden" else gh / s

@@ -29,17 +29,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from archopt.neurons import NeuronDim, as_rows, fan_in_dims, row_norm
+from archopt.neurons import as_rows, fan_in_dims, row_norm
 from archopt.optim.base import (
     ArchOptimizer,
     Rate,
     bias_correction,
-    check_flags,
     check_forms,
     check_range,
     nearest,
     statistics_like,
     takes_foreach,
+)
+from archopt.optim.matrices import (
+    from_matrices,
+    median_of_positive,
+    nonzero,
+    norm_of,
+    scale_rows_,
+    to_matrices,
 )
 from archopt.optim.orthogonalise import METHODS, orthogonalise
 from archopt.roles import Role, group_by_treatment, parameter_roles
@@ -79,8 +86,9 @@ def feedback_update(
 ) -> tuple[Feedback, Tensor]:
     """The feedback of one step: returns what is remembered (G is last step's still) and the limiting factor f.
 
-    norm: N. product: <g, d> of the gradients as they are. moving: whether any group has a learning rate other than
-    0; theta and its averages stand still while none has. All 0-d. The first step has no past: f = 1, theta as it is.
+    norm: N. product: <g, d> of the gradients as they are. moving: whether any group has a learning rate other
+    than 0; theta and its averages stand still while none has. All 0-d. The first step has no past: f = 1 and
+    theta as it is.
     """
     expected_norm = (past.size / bias_correction(beta2, past.steps)).sqrt()
     f = torch.where(past.size > 0, (options["limit"] * expected_norm / norm).clamp(max=1.0), 1.0)
@@ -138,25 +146,25 @@ def rows_update(
     """
     w, m, v, _, R, grows_to = past
     m = beta * m + (1 - beta) * grad
-    v = beta2 * v + (1 - beta2) * _norm(grad).square()
+    v = beta2 * v + (1 - beta2) * norm_of(grad).square()
     gh = m / bias_correction(beta, step).to(m.dtype)
     s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
 
     young = grows_to > 0
     direction = orthogonalise(gh, method) if family == "hidden" else gh
-    length = _norm(direction) if family == "hidden" else s
+    length = norm_of(direction) if family == "hidden" else s
     angle = theta * lr
     moves = (length > 0) & (s > 0) & (gh != 0).any(-1, keepdim=True) & (angle != 0)
     reach = torch.where(young, w.size(-1) ** 0.5 if family == "embedding" else 1.0, R)
-    stepped = w - angle * reach / _nonzero(length) * direction
-    norm = _norm(stepped)
+    stepped = w - angle * reach / nonzero(length) * direction
+    norm = norm_of(stepped)
     moves = moves & (norm > 0)
 
     grown = R
     if family != "embedding":
-        grown = R * torch.exp(-0.5 * angle * (gh * w).sum(-1, keepdim=True) / _nonzero(R * s))
+        grown = R * torch.exp(-0.5 * angle * (gh * w).sum(-1, keepdim=True) / nonzero(R * s))
     new_radius = torch.where(moves, torch.where(young, norm, grown), R)
-    turned = torch.where(young, stepped, grown / _nonzero(norm) * stepped)
+    turned = torch.where(young, stepped, grown / nonzero(norm) * stepped)
     new_weight = torch.where(moves, turned, w)
     d = (w - new_weight) / theta
     still_growing = torch.where(young & (new_radius >= grows_to), 0.0, grows_to)
@@ -174,7 +182,7 @@ def vector_update(
     s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
     angle = theta * lr
     moves = (s > 0) & (gh != 0) & (angle != 0)
-    new = torch.where(moves, p - angle * gh / _nonzero(s), p)
+    new = torch.where(moves, p - angle * gh / nonzero(s), p)
     d = (p - new) / theta
     return past._replace(weight=new, exp_avg=m, exp_avg_sq=v, movement=d), (gh * d).sum()
 
@@ -320,7 +328,9 @@ class AutoNero(ArchOptimizer):
             check_range("AutoNero", name, group[name], low=0.0, high=1.0)
         for name in ("target_steps", "limit", "channel_groups", "blocks"):
             check_range("AutoNero", name, group[name], low=1)
-        check_range("AutoNero", "initial_theta", group["initial_theta"], low=THETA_RANGE[0], high=THETA_RANGE[1])
+        check_range(
+            "AutoNero", "initial_theta", group["initial_theta"], low=THETA_RANGE[0], high=THETA_RANGE[1]
+        )
         _check_choice("radius", group["radius"], RADII)
         _check_choice("embedding_radius", group["embedding_radius"], RADII)
         _check_choice("orthogonalise", group["orthogonalise"], METHODS)
@@ -341,7 +351,7 @@ class AutoNero(ArchOptimizer):
         radius = group["embedding_radius" if group["family"] == "embedding" else "radius"]
         for param in self._trainable(group):
             if radius != "own" and (dims := _dims(param, group)):
-                _scale_rows_(as_rows(param, group["channel_groups"]), dims, rms=radius == "rms")
+                scale_rows_(as_rows(param, group["channel_groups"]), dims, rms=radius == "rms")
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         exact = statistics_like(param)
@@ -356,7 +366,7 @@ class AutoNero(ArchOptimizer):
             norm = row_norm(as_rows(param.detach(), group["channel_groups"]), dims)
             fan_in = param.numel() / norm.numel()
             grown = torch.full_like(norm, fan_in**0.5 if group["family"] == "embedding" else GROWN_NORM)
-            grown = torch.where((norm > 0).any(), _median_of_positive(norm), grown)
+            grown = torch.where((norm > 0).any(), median_of_positive(norm), grown)
             grows_to = torch.where(norm > 0, 0.0, grown)
             return state | {"exp_avg_sq": torch.zeros_like(norm), "radius": norm, "grows_to": grows_to}
         none = zeros.new_empty(0)
@@ -425,7 +435,7 @@ class AutoNero(ArchOptimizer):
     def _batches(self, group: dict[str, Any]) -> list[list[Tensor]]:
         """The group's parameters that have a gradient: one by one, or of equal shape together (foreach)."""
         params = [p for p in self._trainable(group) if p.grad is not None]
-        if not params or not takes_foreach(group, params):
+        if not params or not takes_foreach(group):
             return [[p] for p in params]
         alike: dict[Any, list[list[Tensor]]] = {}
         for param in params:
@@ -451,32 +461,32 @@ class AutoNero(ArchOptimizer):
         device, exact, dims = batch[0].device, statistics_like(batch[0]), _dims(batch[0], group)
         f, theta, live = f.to(device), theta.to(device), live.to(device)
         channel_groups = group["channel_groups"] if dims else 1
-        states = [self.state[p] for p in batch]
-        full = ([as_rows(state[name], channel_groups) for state in states] for name in ("exp_avg", "movement"))
-        per_row = ([state[name] for state in states] for name in ("exp_avg_sq", "radius", "grows_to"))
-        exp_avg, movement = full
-        held = Rows([as_rows(p, channel_groups) for p in batch], exp_avg, movement, *per_row)
-        grads = [as_rows(-p.grad if group["maximize"] else p.grad, channel_groups) for p in batch]
+        sign = -1 if group["maximize"] else 1
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        held = [_rows_of(param, self.state[param], channel_groups) for param in batch]
+        grads = [as_rows(param.grad, channel_groups) for param in batch if param.grad is not None]
+        counts = [self.state[param]["step"] for param in batch]
 
-        def stack(tensors: list[Tensor]) -> Tensor:
-            parts = [_to_matrices(t.to(exact), dims, group["blocks"]) for t in tensors]
+        def stack(tensors: Iterable[Tensor]) -> Tensor:
+            parts = [to_matrices(tensor.to(exact), dims, group["blocks"]) for tensor in tensors]
             return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
-        past = Rows(*map(stack, held))
-        steps = torch.stack([state["step"] for state in states])
-        t = (steps + 1).reshape(-1, *[1] * (past.weight.dim() - 1))
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        constants = {"beta": group["beta"], "beta2": group["beta2"]}
+        past = Rows(*map(stack, zip(*held, strict=True)))
+        grad = stack(grads) * (sign * f)
+        t = (torch.stack(counts) + 1).reshape(-1, *[1] * (grad.dim() - 1))
+        beta, beta2 = group["beta"], group["beta2"]
         if dims:
-            constants |= {"family": group["family"], "method": group["orthogonalise"]}
-        update = rows_update if dims else vector_update
-        new, expected = update(past, stack(grads) * f, t, theta, lr, **constants)
-        for targets, after, before in zip(held, new, past, strict=True):
+            family, method = group["family"], group["orthogonalise"]
+            new, expected = rows_update(
+                past, grad, t, theta, lr, beta=beta, beta2=beta2, family=family, method=method
+            )
+        else:
+            new, expected = vector_update(past, grad, t, theta, lr, beta=beta, beta2=beta2)
+        for after, before, targets in zip(new, past, zip(*held, strict=True), strict=True):
             parts = torch.where(live, after, before).unbind()
-            sources = [_from_matrices(part, target.shape, dims) for part, target in zip(parts, targets)]
+            sources = [from_matrices(part, targets[0].shape, dims) for part in parts]
             torch._foreach_copy_(targets, sources)
-        for state in states:
-            state["step"] += live
+        torch._foreach_add_(counts, live.to(counts[0].dtype))
         return expected
 
     def _drop_movements(self, live: Tensor) -> None:
@@ -498,50 +508,16 @@ def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     return fan_in_dims(param.shape, group["neuron_dim"], group["channel_groups"])
 
 
-def _to_matrices(rows: Tensor, dims: tuple[int, ...], blocks: int) -> Tensor:
-    """Rows as `(blocks, rows, fan_in)`, or as they are where `dims` is empty. A view where strides allow."""
-    if not dims:
-        return rows
-    kept = [dim for dim in range(rows.dim()) if dim not in dims]
-    count = 1
-    for dim in kept:
-        count *= rows.size(dim)
-    return rows.permute(*kept, *dims).reshape(blocks, count // blocks, -1)
-
-
-def _from_matrices(matrices: Tensor, shape: torch.Size, dims: tuple[int, ...]) -> Tensor:
-    """The inverse of `_to_matrices`, for rows of `shape`."""
-    if not dims:
-        return matrices
-    order = [dim for dim in range(len(shape)) if dim not in dims] + list(dims)
-    return matrices.reshape([shape[dim] for dim in order]).permute([order.index(d) for d in range(len(shape))])
-
-
-def _scale_rows_(rows: Tensor, dims: tuple[int, ...], *, rms: bool) -> None:
-    """Scales rows to RMS 1, or to norm 1, in place. Rows of norm 0 and rows that are there already keep bits."""
-    exact = rows.to(statistics_like(rows))
-    norm = row_norm(exact, dims)
-    goal = (rows.numel() / norm.numel()) ** 0.5 if rms else 1.0
-    leave = (norm == 0) | ((norm - goal).abs() <= 4 * torch.finfo(rows.dtype).eps * goal)
-    rows.copy_(torch.where(leave, rows, (exact * (goal / _nonzero(norm))).to(rows.dtype)))
-
-
-def _median_of_positive(norm: Tensor) -> Tensor:
-    """The median of the positive entries, without waiting for the device; anything finite where there is none."""
-    ordered = norm.flatten().sort().values
-    zeros = (ordered == 0).sum()
-    positive = ordered.numel() - zeros
-    middle = torch.stack([zeros + (positive - 1) // 2, zeros + positive // 2])
-    return ordered.gather(0, middle.clamp(0, ordered.numel() - 1)).mean()
-
-
-def _norm(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-
-
-def _nonzero(values: Tensor) -> Tensor:
-    """`values` with 1 for 0: a denominator whose quotient is discarded, or 0, where it was 0."""
-    return torch.where(values == 0, 1.0, values)
+def _rows_of(param: Tensor, state: dict[str, Tensor], channel_groups: int) -> Rows:
+    """Views of a parameter and its state, in the shape of `as_rows`."""
+    return Rows(
+        as_rows(param, channel_groups),
+        as_rows(state["exp_avg"], channel_groups),
+        state["exp_avg_sq"],
+        as_rows(state["movement"], channel_groups),
+        state["radius"],
+        state["grows_to"],
+    )
 
 
 def _is_not_zero(lr: Rate, device: torch.device) -> Tensor:

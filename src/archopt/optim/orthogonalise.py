@@ -37,7 +37,8 @@ def svd(matrices: Tensor) -> Tensor:
     """
     u, s, vh = torch.linalg.svd(torch.nan_to_num(matrices, posinf=0.0, neginf=0.0), full_matrices=False)
     floor = s[..., :1] * (max(matrices.shape[-2:]) * torch.finfo(s.dtype).eps)
-    return (u * (s > floor).unsqueeze(-2)) @ vh
+    polar: Tensor = (u * (s > floor).unsqueeze(-2)) @ vh
+    return polar
 
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {"newton-schulz": newton_schulz, "svd": svd}
@@ -55,4 +56,5 @@ def unit_frobenius(matrices: Tensor) -> Tensor:
     peak = matrices.abs().amax(dim=(-2, -1), keepdim=True)
     scaled = matrices / torch.where(peak == 0, 1.0, peak)
     norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    return scaled / torch.where(norm == 0, 1.0, norm)
+    unit: Tensor = scaled / torch.where(norm == 0, 1.0, norm)
+    return unit

@@ -1,0 +1,59 @@
+"""A parameter's rows as a batch of matrices `(blocks, rows, fan_in)`, and small pieces of rules that turn rows."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from archopt.neurons import row_norm, statistics_dtype
+
+
+def to_matrices(rows: Tensor, dims: tuple[int, ...], blocks: int = 1) -> Tensor:
+    """Rows that sum over `dims` as `(blocks, rows, fan_in)`, a view where strides allow.
+
+    `blocks` cuts the rows into equal matrices: packed projections, stacked gates, groups of a convolution. Where
+    `dims` is empty nothing is a row, and the tensor is returned as it is.
+    """
+    if not dims:
+        return rows
+    kept = [dim for dim in range(rows.dim()) if dim not in dims]
+    count = math.prod(rows.size(dim) for dim in kept)
+    return rows.permute(*kept, *dims).reshape(blocks, count // blocks, -1)
+
+
+def from_matrices(matrices: Tensor, shape: torch.Size, dims: tuple[int, ...]) -> Tensor:
+    """The inverse of `to_matrices`, for rows of `shape`."""
+    if not dims:
+        return matrices
+    order = [dim for dim in range(len(shape)) if dim not in dims] + list(dims)
+    ordered = matrices.reshape([shape[dim] for dim in order])
+    return ordered.permute([order.index(dim) for dim in range(len(shape))])
+
+
+def scale_rows_(rows: Tensor, dims: tuple[int, ...], *, rms: bool) -> None:
+    """Scales rows to RMS 1, or to norm 1, in place. Rows of norm 0 and rows that are there already keep bits."""
+    exact = rows.to(statistics_dtype(rows.dtype))
+    norm = row_norm(exact, dims)
+    goal = (rows.numel() / norm.numel()) ** 0.5 if rms else 1.0
+    keeps = (norm == 0) | ((norm - goal).abs() <= 4 * torch.finfo(rows.dtype).eps * goal)
+    rows.copy_(torch.where(keeps, rows, (exact * (goal / nonzero(norm))).to(rows.dtype)))
+
+
+def median_of_positive(values: Tensor) -> Tensor:
+    """The median of the positive entries, without waiting for the device; of no meaning where there is none."""
+    ordered = values.flatten().sort().values
+    zeros = (ordered == 0).sum()
+    positive = ordered.numel() - zeros
+    middle = torch.stack([zeros + (positive - 1) // 2, zeros + positive // 2])
+    return ordered.gather(0, middle.clamp(0, ordered.numel() - 1)).mean()
+
+
+def norm_of(rows: Tensor) -> Tensor:
+    """2-norm over the last dimension, which is kept as 1."""
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return norm
+
+
+def nonzero(values: Tensor) -> Tensor:
+    """`values` with 1 for 0: a denominator whose quotient is 0, or is discarded, where it was 0."""
+    return torch.where(values == 0, 1.0, values)
