@@ -5,9 +5,9 @@ optimizer = Nero(model)
 """
 
 from archopt._version import __version__
-from archopt.optim.base import ArchoptWarning
 from archopt.optim.autonero import AutoNero
 from archopt.optim.average import averaged, renew_statistics
+from archopt.optim.base import ArchoptWarning
 from archopt.optim.nero import Nero
 from archopt.roles import parameter_roles
 

@@ -128,7 +128,9 @@ def test_reference_gives_the_worked_numbers() -> None:
     reference = Reference(variables)
     assert_numbers(variables["E"].values, START)
     for gradients, expected in zip(GRADIENTS, EXPECTED, strict=True):
-        reference.step({name: torch.tensor(values, dtype=torch.float64) for name, values in gradients.items()})
+        reference.step(
+            {name: torch.tensor(values, dtype=torch.float64) for name, values in gradients.items()}
+        )
         scalars = (reference.f, reference.theta, reference.C, reference.rho, reference.G)
         assert_numbers(torch.tensor(scalars, dtype=torch.float64), expected[""])
         for name, variable in variables.items():
@@ -214,10 +216,13 @@ def rate(t: int) -> float:
 @pytest.mark.parametrize("foreach", [False, True])
 def test_sixty_steps_follow_the_reference(foreach: bool) -> None:
     model = Zoo().double()
-    reference = Reference({
-        name: Variable(param, family(name, param), index_rows(name, param) if param.dim() > 1 else [])
-        for name, param in model.named_parameters()
-    }, theta0=0.05)
+    reference = Reference(
+        {
+            name: Variable(param, family(name, param), index_rows(name, param) if param.dim() > 1 else [])
+            for name, param in model.named_parameters()
+        },
+        theta0=0.05,
+    )
     optimizer = AutoNero(model, orthogonalise="svd", foreach=foreach, initial_theta=0.05)
     young = 0
     for t in range(STEPS):

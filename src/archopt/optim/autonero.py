@@ -41,12 +41,12 @@ from archopt.optim.base import (
     takes_foreach,
 )
 from archopt.optim.matrices import (
-    from_matrices,
+    join,
     median_of_positive,
     nonzero,
     norm_of,
+    part,
     scale_rows_,
-    to_matrices,
 )
 from archopt.optim.orthogonalise import METHODS, orthogonalise
 from archopt.roles import Role, group_by_treatment, parameter_roles
@@ -59,7 +59,7 @@ SHARED = ("feedback_decay", "feedback_gain", "target", "target_steps", "initial_
 THETA_RANGE = (1e-6, 1.0)
 RHO_RANGE = (-2.0, 2.0)
 GROWN_NORM = 3**-0.5  # norm of a row as torch.nn.Linear initialises it; where rows that start at zero grow up
-FOREACH_ENTRIES = 2**24  # entries stacked at a time in the foreach form: bounds its transient memory
+FOREACH_ENTRIES = 2**24  # entries joined at a time in the foreach form: bounds its transient memory
 
 
 class Feedback(NamedTuple):
@@ -112,9 +112,9 @@ def feedback_update(
 
 
 class Rows(NamedTuple):
-    """A tensor, or a stack of equal ones, as `(..., blocks, rows, fan_in)`, and what is kept of each row.
+    """Tensors as rows, `(..., blocks, rows, fan_in)`, and what is kept of each row.
 
-    Vectors keep their shape and have empty `radius` and `grows_to`.
+    Vectors are flat, one after another, and have empty `radius` and `grows_to`.
     """
 
     weight: Tensor
@@ -207,7 +207,7 @@ class AutoNero(ArchOptimizer):
         orthogonalise: "newton-schulz", or "svd", exact and slow.
         roles: overrides, pattern of a parameter's name -> role (see `parameter_roles`).
         maximize: ascend instead.
-        foreach: stack tensors of equal shape; None chooses (True on CUDA).
+        foreach: join tensors of equal shape, and vectors; None chooses (True).
         fused: no fused form yet; True is refused.
         capturable: for torch's own check under CUDA graphs; the step never waits for the device anyway.
 
@@ -377,12 +377,9 @@ class AutoNero(ArchOptimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         trainable = [param for param in params if param.requires_grad] or params
         double = any(param.dtype == torch.float64 for param in trainable)
-        feedback = torch.zeros(
-            len(Feedback._fields),
-            dtype=torch.float64 if double else torch.float32,
-            device=trainable[0].device,
-        )
-        feedback[Feedback._fields.index("theta")] = self.param_groups[0]["initial_theta"]
+        dtype = torch.float64 if double else torch.float32
+        feedback = torch.zeros(len(Feedback._fields), dtype=dtype, device=trainable[0].device)
+        Feedback(*feedback.unbind()).theta.fill_(self.param_groups[0]["initial_theta"])
         return feedback
 
     def _held_feedback(self) -> Tensor | None:
@@ -428,19 +425,19 @@ class AutoNero(ArchOptimizer):
         expected = [self._advance(batch, group, f, new.theta, live) for group, batch in batches]
         new = new._replace(G=torch.stack([part.to(home) for part in expected]).sum())
         self._drop_movements(live)
-        skipped = past.skipped + ~finite
-        held.copy_(torch.where(live, torch.stack([value.to(held.dtype) for value in new]), held))
-        held[Feedback._fields.index("skipped")] = skipped
+        void = past._replace(skipped=past.skipped + finite.logical_not())
+        held.copy_(torch.where(live, _pack(new, held.dtype), _pack(void, held.dtype)))
 
     def _batches(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """The group's parameters that have a gradient: one by one, or of equal shape together (foreach)."""
+        """The group's parameters that have a gradient, one by one; foreach: those that can be joined, together."""
         params = [p for p in self._trainable(group) if p.grad is not None]
-        if not params or not takes_foreach(group):
+        if not takes_foreach(group):
             return [[p] for p in params]
         alike: dict[Any, list[list[Tensor]]] = {}
         for param in params:
-            batches = alike.setdefault((param.shape, param.dtype, param.device), [[]])
-            if len(batches[-1]) * param.numel() >= FOREACH_ENTRIES:
+            shape = param.shape if _dims(param, group) else None
+            batches = alike.setdefault((shape, param.dtype, param.device), [[]])
+            if sum([p.numel() for p in batches[-1]]) >= FOREACH_ENTRIES:
                 batches.append([])
             batches[-1].append(param)
         return [batch for batches in alike.values() for batch in batches]
@@ -457,7 +454,7 @@ class AutoNero(ArchOptimizer):
     def _advance(
         self, batch: list[Tensor], group: dict[str, Any], f: Tensor, theta: Tensor, live: Tensor
     ) -> Tensor:
-        """One step of tensors of one shape, stacked; returns sum <gh, d>. All keep their bits unless `live`."""
+        """One step of some tensors, joined; returns sum <gh, d>. All keep their bits unless `live`."""
         device, exact, dims = batch[0].device, statistics_like(batch[0]), _dims(batch[0], group)
         f, theta, live = f.to(device), theta.to(device), live.to(device)
         channel_groups = group["channel_groups"] if dims else 1
@@ -466,27 +463,23 @@ class AutoNero(ArchOptimizer):
         held = [_rows_of(param, self.state[param], channel_groups) for param in batch]
         grads = [as_rows(param.grad, channel_groups) for param in batch if param.grad is not None]
         counts = [self.state[param]["step"] for param in batch]
+        steps = torch.stack(counts)
 
-        def stack(tensors: Iterable[Tensor]) -> Tensor:
-            parts = [to_matrices(tensor.to(exact), dims, group["blocks"]) for tensor in tensors]
-            return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
-
-        past = Rows(*map(stack, zip(*held, strict=True)))
-        grad = stack(grads) * (sign * f)
-        t = (torch.stack(counts) + 1).reshape(-1, *[1] * (grad.dim() - 1))
+        past = Rows(*[join(tensors, dims, group["blocks"], exact) for tensors in zip(*held, strict=True)])
+        grad = join(grads, dims, group["blocks"], exact) * (sign * f)
         beta, beta2 = group["beta"], group["beta2"]
         if dims:
+            t = (steps + 1).reshape(-1, 1, 1, 1)
             family, method = group["family"], group["orthogonalise"]
             new, expected = rows_update(
                 past, grad, t, theta, lr, beta=beta, beta2=beta2, family=family, method=method
             )
         else:
+            t = torch.cat([count.expand(p.numel()) for count, p in zip(counts, batch, strict=True)]) + 1
             new, expected = vector_update(past, grad, t, theta, lr, beta=beta, beta2=beta2)
         for after, before, targets in zip(new, past, zip(*held, strict=True), strict=True):
-            parts = torch.where(live, after, before).unbind()
-            sources = [from_matrices(part, targets[0].shape, dims) for part in parts]
-            torch._foreach_copy_(targets, sources)
-        torch._foreach_add_(counts, live.to(counts[0].dtype))
+            torch._foreach_copy_(targets, part(torch.where(live, after, before), targets, dims))
+        torch._foreach_copy_(counts, (steps + live).unbind())
         return expected
 
     def _drop_movements(self, live: Tensor) -> None:
@@ -495,7 +488,7 @@ class AutoNero(ArchOptimizer):
             for param in group["params"]:
                 state = self.state.get(param, {})
                 if "movement" in state and (param.grad is None or not param.requires_grad):
-                    state["movement"].mul_(~live.to(param.device))
+                    state["movement"].mul_(live.logical_not().to(param.device))
 
 
 # -- rows and their shapes ---------------------------------------------------------------------------------
@@ -506,6 +499,10 @@ def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     if group["family"] == "vector":
         return ()
     return fan_in_dims(param.shape, group["neuron_dim"], group["channel_groups"])
+
+
+def _pack(feedback: Feedback, dtype: torch.dtype) -> Tensor:
+    return torch.stack([value.to(dtype) for value in feedback])
 
 
 def _rows_of(param: Tensor, state: dict[str, Tensor], channel_groups: int) -> Rows:

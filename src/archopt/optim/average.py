@@ -33,7 +33,9 @@ class Averaged(AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Takes the weights of `model` into the average, and its buffers as they are."""
-        for index, (mean, latest) in enumerate(zip(self.module.parameters(), model.parameters(), strict=True)):
+        for index, (mean, latest) in enumerate(
+            zip(self.module.parameters(), model.parameters(), strict=True)
+        ):
             exact: Tensor = getattr(self, f"exact_{index}", mean)
             weight = (POWER + 1) / (self.n_averaged.to(exact) + POWER + 1)
             exact.lerp_(latest.detach().to(exact), weight)

@@ -1,6 +1,7 @@
 """A parameter's rows as a batch of matrices `(blocks, rows, fan_in)`, and small pieces of rules that turn rows."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def to_matrices(rows: Tensor, dims: tuple[int, ...], blocks: int = 1) -> Tensor:
     if not dims:
         return rows
     kept = [dim for dim in range(rows.dim()) if dim not in dims]
-    count = math.prod(rows.size(dim) for dim in kept)
+    count = math.prod([rows.size(dim) for dim in kept])
     return rows.permute(*kept, *dims).reshape(blocks, count // blocks, -1)
 
 
@@ -28,6 +29,22 @@ def from_matrices(matrices: Tensor, shape: torch.Size, dims: tuple[int, ...]) ->
     order = [dim for dim in range(len(shape)) if dim not in dims] + list(dims)
     ordered = matrices.reshape([shape[dim] for dim in order])
     return ordered.permute([order.index(dim) for dim in range(len(shape))])
+
+
+def join(tensors: Sequence[Tensor], dims: tuple[int, ...], blocks: int, dtype: torch.dtype) -> Tensor:
+    """Tensors in one: of equal shape as `(tensors, blocks, rows, fan_in)`; vectors (no `dims`) end to end."""
+    if not dims:
+        return torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
+    parts = [to_matrices(tensor.to(dtype), dims, blocks) for tensor in tensors]
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+
+
+def part(joined: Tensor, shapes: Sequence[Tensor], dims: tuple[int, ...]) -> list[Tensor]:
+    """The inverse of `join`, for tensors shaped as `shapes`."""
+    if not dims:
+        pieces = torch.split(joined, [like.numel() for like in shapes])
+        return [piece.reshape(like.shape) for piece, like in zip(pieces, shapes, strict=True)]
+    return [from_matrices(matrices, shapes[0].shape, dims) for matrices in joined.unbind()]
 
 
 def scale_rows_(rows: Tensor, dims: tuple[int, ...], *, rms: bool) -> None:
