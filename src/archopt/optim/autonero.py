@@ -260,6 +260,11 @@ class AutoNero(ArchOptimizer):
     ) -> None:
         if isinstance(params, nn.Module):
             groups = module_groups(params, roles)
+            if all(group["family"] == "vector" for group in groups):
+                raise ValueError(
+                    f"AutoNero turns the rows of matrices, and {type(params).__name__} has none (biases, gains and "
+                    "weights of fan-in 1 are vectors); train it with another optimiser, such as torch.optim.AdamW"
+                )
         else:
             groups = _only_groups(params)
             if roles is not None:
