@@ -145,8 +145,8 @@ def rows_update(
     norm until that reaches `grows_to`.
     """
     w, m, v, _, R, grows_to = past
-    m = beta * m + (1 - beta) * grad
-    v = beta2 * v + (1 - beta2) * norm_of(grad).square()
+    m = m.lerp(grad, 1 - beta)
+    v = v.lerp(norm_of(grad).square(), 1 - beta2)
     gh = m / bias_correction(beta, step).to(m.dtype)
     s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
 
@@ -176,8 +176,8 @@ def vector_update(
 ) -> tuple[Rows, Tensor]:
     """One step of a vector, entry by entry: returns its new values and sum <gh, d>."""
     p, m, v = past.weight, past.exp_avg, past.exp_avg_sq
-    m = beta * m + (1 - beta) * grad
-    v = beta2 * v + (1 - beta2) * grad.square()
+    m = m.lerp(grad, 1 - beta)
+    v = v.lerp(grad.square(), 1 - beta2)
     gh = m / bias_correction(beta, step).to(m.dtype)
     s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
     angle = theta * lr
@@ -482,9 +482,11 @@ class AutoNero(ArchOptimizer):
         else:
             t = torch.cat([count.expand(p.numel()) for count, p in zip(counts, batch, strict=True)]) + 1
             new, expected = vector_update(past, grad, t, theta, lr, beta=beta, beta2=beta2)
-        for after, before, targets in zip(new, past, zip(*held, strict=True), strict=True):
-            torch._foreach_copy_(targets, part(torch.where(live, after, before), targets, dims))
-        torch._foreach_copy_(counts, (steps + live).unbind())
+        targets, values = list(counts), list((steps + live).unbind())
+        for after, before, tensors in zip(new, past, zip(*held, strict=True), strict=True):
+            targets += tensors
+            values += part(torch.where(live, after, before), tensors, dims)
+        torch._foreach_copy_(targets, values)
         return expected
 
     def _drop_movements(self, live: Tensor) -> None:

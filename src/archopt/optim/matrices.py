@@ -17,24 +17,30 @@ def to_matrices(rows: Tensor, dims: tuple[int, ...], blocks: int = 1) -> Tensor:
     """
     if not dims:
         return rows
-    kept = [dim for dim in range(rows.dim()) if dim not in dims]
-    count = math.prod([rows.size(dim) for dim in kept])
-    return rows.permute(*kept, *dims).reshape(blocks, count // blocks, -1)
+    order = _rows_first(rows.dim(), dims)
+    count = math.prod([rows.size(dim) for dim in order[: -len(dims)]])
+    ordered = rows if order == sorted(order) else rows.permute(order)
+    return ordered.reshape(blocks, count // blocks, -1)
 
 
 def from_matrices(matrices: Tensor, shape: torch.Size, dims: tuple[int, ...]) -> Tensor:
     """The inverse of `to_matrices`, for rows of `shape`."""
     if not dims:
         return matrices
-    order = [dim for dim in range(len(shape)) if dim not in dims] + list(dims)
+    order = _rows_first(len(shape), dims)
     ordered = matrices.reshape([shape[dim] for dim in order])
-    return ordered.permute([order.index(dim) for dim in range(len(shape))])
+    return ordered if order == sorted(order) else ordered.permute([order.index(d) for d in range(len(shape))])
+
+
+def _rows_first(count: int, dims: tuple[int, ...]) -> list[int]:
+    """All dimensions, those that a row sums over last."""
+    return [dim for dim in range(count) if dim not in dims] + list(dims)
 
 
 def join(tensors: Sequence[Tensor], dims: tuple[int, ...], blocks: int, dtype: torch.dtype) -> Tensor:
     """Tensors in one: of equal shape as `(tensors, blocks, rows, fan_in)`; vectors (no `dims`) end to end."""
     if not dims:
-        return torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
+        return torch.cat([tensor.reshape(-1) for tensor in tensors]).to(dtype)
     parts = [to_matrices(tensor.to(dtype), dims, blocks) for tensor in tensors]
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 

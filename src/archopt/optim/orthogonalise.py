@@ -21,13 +21,16 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     matrices: `(..., rows, columns)`, float32 or wider; the products are formed in that type, also under autocast.
     """
     a, b, c = COEFFICIENTS
-    wide = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
-    with torch.autocast(wide.device.type, enabled=False):
-        x = unit_frobenius(wide)
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = unit_frobenius(matrices.mT if tall else matrices)
+    shape, x = x.shape, x.reshape(-1, *x.shape[-2:])
+    with torch.autocast(x.device.type, enabled=False):
         for _ in range(STEPS):
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if matrices.size(-2) > matrices.size(-1) else x
+            gram = torch.bmm(x, x.mT)
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
+    x = x.reshape(shape)
+    return x.mT if tall else x
 
 
 def svd(matrices: Tensor) -> Tensor:
