@@ -148,6 +148,7 @@ class Zoo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = nn.Embedding(5, 4, padding_idx=1)
+        self.positions = nn.Embedding(3, 4)
         self.first = nn.Linear(4, 6)
         self.twin = nn.Linear(4, 6)
         self.zero_rows = nn.Linear(4, 5, bias=False)
@@ -165,6 +166,7 @@ class Zoo(nn.Module):
         with torch.no_grad():
             self.zero_rows.weight[1::2] = 0
             self.zeros.weight.zero_()
+            self.positions.weight.zero_()
 
 
 def index_rows(name: str, param: Tensor) -> Any:
@@ -182,7 +184,9 @@ def index_rows(name: str, param: Tensor) -> Any:
 def family(name: str, param: Tensor) -> str:
     if param.dim() < 2 or name == "one_column.weight":
         return "vector"
-    return {"tokens.weight": "embedding", "head.weight": "head"}.get(name, "hidden")
+    return {"tokens.weight": "embedding", "positions.weight": "embedding", "head.weight": "head"}.get(
+        name, "hidden"
+    )
 
 
 def random_gradients(model: nn.Module, t: int, scale: float = 1.0) -> None:
@@ -224,7 +228,7 @@ def test_sixty_steps_follow_the_reference(foreach: bool) -> None:
         theta0=0.05,
     )
     optimizer = AutoNero(model, orthogonalise="svd", foreach=foreach, initial_theta=0.05)
-    young = 0
+    young = {"zeros.weight": 0, "positions.weight": 0}
     for t in range(STEPS):
         random_gradients(model, t)
         for group in optimizer.param_groups:
@@ -238,8 +242,9 @@ def test_sixty_steps_follow_the_reference(foreach: bool) -> None:
             values = reference.variables[name].values
             gap = (param.detach().flatten() - values).norm()
             assert gap <= 1e-10 * (1 + values.norm()), f"{name} at step {t}: {gap}"
-        young += bool((optimizer.state[model.zeros.weight]["grows_to"] > 0).any())
+        for name in young:
+            young[name] += bool((optimizer.state[model.get_parameter(name)]["grows_to"] > 0).any())
     assert int(optimizer.skipped) == reference.skipped == 1
     assert int(optimizer.feedback.steps) == reference.t == STEPS - 2
-    assert 0 < young < STEPS, "rows that start at zero must be young for a while, and grow up"
+    assert all(0 < count < STEPS for count in young.values()), "rows that start at zero must grow up"
     assert not model.tokens.weight[1].any()

@@ -217,7 +217,7 @@ class Language(nn.Module):
 
 
 def test_the_first_step_changes_a_trained_network_by_about_theta() -> None:
-    """With `embedding_radius="own"` construction changes nothing and the first step turns outputs by theta a tensor."""
+    """With `embedding_radius="own"` construction changes nothing, and outputs turn by theta a tensor at most."""
     model = Language()
     tokens = torch.arange(30)
     adam = torch.optim.Adam(model.parameters(), lr=0.01)

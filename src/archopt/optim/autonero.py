@@ -140,7 +140,7 @@ def rows_update(
 ) -> tuple[Rows, Tensor]:
     """One step of the rows of a matrix: returns the new rows and sum <gh, d>.
 
-    A row keeps its bits where lr, its averaged gradient, its direction or s is zero. A *young* row, which had norm
+    A row keeps its bits where lr, its direction or s is zero. A *young* row, which had norm
     0 at the start, takes plain steps -theta u, with R = 1 in u (sqrt(fan_in) in an embedding), and R follows its
     norm until that reaches `grows_to`.
     """
@@ -154,7 +154,7 @@ def rows_update(
     direction = orthogonalise(gh, method) if family == "hidden" else gh
     length = norm_of(direction) if family == "hidden" else s
     angle = theta * lr
-    moves = (length > 0) & (s > 0) & (gh != 0).any(-1, keepdim=True) & (angle != 0)
+    moves = (length > 0) & (s > 0) & (angle != 0)
     reach = torch.where(young, w.size(-1) ** 0.5 if family == "embedding" else 1.0, R)
     stepped = w - angle * reach / nonzero(length) * direction
     norm = norm_of(stepped)
@@ -181,7 +181,7 @@ def vector_update(
     gh = m / bias_correction(beta, step).to(m.dtype)
     s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
     angle = theta * lr
-    moves = (s > 0) & (gh != 0) & (angle != 0)
+    moves = (s > 0) & (angle != 0)
     new = torch.where(moves, p - angle * gh / nonzero(s), p)
     d = (p - new) / theta
     return past._replace(weight=new, exp_avg=m, exp_avg_sq=v, movement=d), (gh * d).sum()
