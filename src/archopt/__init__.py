@@ -4,19 +4,31 @@ from archopt import Nero
 optimizer = Nero(model)
 """
 
+from archopt import init
 from archopt._version import __version__
+from archopt.optim.agd import AGD
 from archopt.optim.autonero import AutoNero
 from archopt.optim.average import averaged, renew_statistics
 from archopt.optim.base import ArchoptWarning
+from archopt.optim.constrain import constrain
+from archopt.optim.lamb import Lamb
+from archopt.optim.madam import Madam
 from archopt.optim.nero import Nero
+from archopt.project import project_
 from archopt.roles import parameter_roles
 
 __all__ = [
+    "AGD",
     "ArchoptWarning",
     "AutoNero",
+    "Lamb",
+    "Madam",
     "Nero",
     "__version__",
     "averaged",
+    "constrain",
+    "init",
     "parameter_roles",
+    "project_",
     "renew_statistics",
 ]

@@ -55,6 +55,8 @@ class Rules:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise TypeError(f"override {pattern!r}: a pattern is a string, got a {type(pattern).__name__}")
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -71,7 +73,7 @@ def _stated(pattern: str, value: str | Mapping[str, Any]) -> Fields:
     for field, given in fields.items():
         if field not in _OVERRIDABLE:
             raise ValueError(_mistaken(pattern, "field", field, _OVERRIDABLE))
-        if field == "kind" and given not in KINDS:
+        if field == "kind" and str(given) not in KINDS:
             raise ValueError(_mistaken(pattern, "kind", given, KINDS))
         if field == "neuron_dim":
             dims = given if isinstance(given, tuple | list) else (given,)
@@ -128,4 +130,4 @@ def _geometry(role: Role, kind: str) -> Fields:
         return {**_GEOMETRY, "groups": role.groups}
     if role.family == "vector" or role.kind == "position":
         return _GEOMETRY
-    return {**_GEOMETRY, "neuron_dim": role.neuron_dim, "channel_groups": role.channel_groups}
+    return {"slices": 1}

@@ -40,10 +40,14 @@ KINDS: dict[str, Kind] = {
         "filters turn",
         "per tap, radius sqrt(out/in)*stride/sqrt(taps)",
     ),
-    "embedding": Kind("embedding", "a row a token", "rows turn", "per row, RMS radius 1"),
-    "position": Kind("embedding", "a row a position or special token", "rows turn", "per row, RMS radius 1"),
+    "embedding": Kind("embedding", "a row a token", "rows turn", "per row, RMS radius measured"),
+    "position": Kind(
+        "embedding", "a row a position or special token", "rows turn", "per row, RMS radius measured"
+    ),
     "head": Kind("head", "the matrix that feeds the outputs", "rows turn", "radius sqrt(out/in)"),
-    "tied": Kind("embedding", "embedding and output head at once", "rows turn", "per row, radius measured"),
+    "tied": Kind(
+        "embedding", "embedding and output head at once", "rows turn", "per row, RMS radius measured"
+    ),
     "gain": Kind("vector", "factors around one, and weights of fan-in 1", _ENTRIES, "signs, radius 1"),
     "shift": Kind("vector", "what a normalisation layer adds", _ENTRIES, "RMS radius 1"),
     "bias": Kind("vector", "what any other layer adds", _ENTRIES, "RMS radius 1"),
@@ -131,6 +135,8 @@ def what_agd_does(role: Role) -> str:
     words = KINDS[role.kind].agd
     if role.slices > 1:
         return f"per slice, {words}"
+    if role.kind == "conv_transpose" and role.groups == role.shape[0] > role.shape[1] == 1:
+        return "per channel, radius stride/sqrt(taps)"
     return words.replace("per tap", "per group and tap") if role.groups > 1 else words
 
 

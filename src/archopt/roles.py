@@ -235,7 +235,8 @@ def _entry_by_entry_if_fan_in_1(fields: Fields, shape: tuple[int, ...]) -> Field
     geometry = fields.get("neuron_dim", 0), fields.get("channel_groups", 1)
     if KINDS[fields["kind"]].family == "vector" or fan_in_dims(torch.Size(shape), *geometry):
         return fields
-    return {**_entries("gain", shape), "note": f"a {fields['kind']} of fan-in 1, so treated entry by entry"}
+    note = f"a {fields['kind']} weight of fan-in 1, so treated entry by entry"
+    return {**_entries("gain", shape), "note": note}
 
 
 def _entries(kind: str, shape: tuple[int, ...]) -> Fields:

@@ -2,9 +2,10 @@
 
 The laboratory owns the loop, the seeds, the records and the checkpoints. A workload is a dataclass: its fields
 are its options (`--width 256` on the command line), `presets` are named sets of them. Everything random is drawn
-from what the laboratory hands in: `build` runs right after the global generators were seeded with the run's seed,
-and step k runs right after they were seeded with (seed, k), so every optimiser sees the same initial weights, the
-same batches and the same dropout, and a run that was killed goes on with the same bits.
+from what the laboratory hands in: `build` runs right after the global generators (torch's, numpy's, Python's) were
+seeded with the run's seed, step k right after they were seeded with (seed, k), `evaluate` after a seed of its own.
+So every optimiser sees the same initial weights, the same batches and the same dropout, measuring changes nothing,
+and a run that was killed goes on with the same bits.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,10 @@ Models = nn.Module | dict[str, nn.Module]
 
 @dataclass(frozen=True)
 class Metric:
-    """What a workload is judged by: a key of `evaluate`'s result, and how to read it."""
+    """What a workload is judged by, and how to read it.
+
+    `key` is one of `evaluate`'s, or `train_` and one of `train_step`'s numbers: its mean since the last evaluation.
+    """
 
     key: str
     name: str
@@ -36,6 +40,10 @@ class Training(Protocol):
     optimizers: dict[str, torch.optim.Optimizer]
     seed: int
     clip_norm: float | None
+    """Gradients are clipped to this norm in `update`; None leaves them."""
+
+    def batch(self, step: int) -> Any:
+        """The workload's batch of this step; the time it takes is not counted as forward and backward."""
 
     def update(self, name: str, loss: Tensor) -> None:
         """Backward of `loss`, clipping where the workload asks for it, the named model's step, gradients freed."""
@@ -56,6 +64,8 @@ class Workload:
     """Published settings by optimiser name: `lr`, and options that differ from the laboratory's."""
     lrs: ClassVar[tuple[float, ...]] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """The grid that `--lrs grid` tries."""
+    clip_norm: ClassVar[float | None] = None
+    """Norm that gradients are clipped to, where the published experiment does so; `--clip-norm` overrides it."""
 
     def load(self, data: DataFolder) -> None:
         """Reads the data into memory. Raises `DataError` with the one command or file that is needed."""
@@ -74,6 +84,11 @@ class Workload:
         """Steps between evaluations (an epoch, usually). The last step is always evaluated."""
         raise NotImplementedError(f"{type(self).__name__} must define eval_every")
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in one pass over the data, for the axes of pictures."""
+        return self.eval_every
+
     def schedule(self, step: int) -> float:
         """Multiplier of the learning rate at a step, counted from 0. Not applied to rules without a rate."""
         return 1.0
@@ -83,24 +98,27 @@ class Workload:
         raise NotImplementedError(f"{type(self).__name__} must define batch()")
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of a batch, and further 0-d numbers to average over the steps between evaluations."""
+        """Mean loss of a batch, and further 0-d numbers (accuracy, ...) to average between evaluations."""
         raise NotImplementedError(f"{type(self).__name__} must define loss()")
 
     def train_step(self, training: Training, step: int) -> dict[str, Tensor]:
-        """One optimiser step; returns 0-d numbers, "loss" among them. GANs and PPO override this."""
-        loss, extra = self.loss(training.models["model"], self.batch(step, training.seed))
+        """One optimiser step; returns detached 0-d numbers, "loss" among them. GANs and PPO override this."""
+        loss, extra = self.loss(training.models["model"], training.batch(step))
         training.update("model", loss)
         return {"loss": loss.detach(), **{key: value.detach() for key, value in extra.items()}}
 
     def evaluate(self, models: dict[str, nn.Module]) -> dict[str, float]:
-        """Metrics by key. Called in eval mode, without gradients, and with the training's randomness set aside."""
+        """Metrics by key. Called in eval mode, without gradients, after seeding of its own."""
         raise NotImplementedError(f"{type(self).__name__} must define evaluate()")
 
     def to(self, device: torch.device) -> None:
         """Moves what `load` read to the device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the workload's own that a resumed run needs (environments, replay); usually none."""
+        """State of the workload's own that a resumed run needs (environments, replay); usually none.
+
+        Tensors, numbers, strings, and lists and dicts of them.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ from archopt.optim.base import (
     check_forms,
     check_range,
     nearest,
+    rate,
     statistics_like,
     takes_foreach,
 )
@@ -49,7 +50,7 @@ from archopt.optim.matrices import (
     scale_rows_,
 )
 from archopt.optim.orthogonalise import METHODS, orthogonalise
-from archopt.roles import Role, group_by_treatment, parameter_roles
+from archopt.roles import Overrides, Role, group_by_treatment, parameter_roles
 
 FAMILIES = ("hidden", "head", "embedding", "vector")
 RADII = ("own", "unit", "rms")
@@ -252,7 +253,7 @@ class AutoNero(ArchOptimizer):
         radius: str = "own",
         embedding_radius: str = "rms",
         orthogonalise: str = "newton-schulz",
-        roles: Mapping[str, str] | None = None,
+        roles: Overrides | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -464,7 +465,7 @@ class AutoNero(ArchOptimizer):
         f, theta, live = f.to(device), theta.to(device), live.to(device)
         channel_groups = group["channel_groups"] if dims else 1
         sign = -1 if group["maximize"] else 1
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        lr = rate(group)
         held = [_rows_of(param, self.state[param], channel_groups) for param in batch]
         grads = [as_rows(param.grad, channel_groups) for param in batch if param.grad is not None]
         counts = [self.state[param]["step"] for param in batch]
@@ -533,7 +534,7 @@ def _is_not_zero(lr: Rate, device: torch.device) -> Tensor:
 # -- groups ------------------------------------------------------------------------------------------------
 
 
-def module_groups(model: nn.Module, roles: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def module_groups(model: nn.Module, roles: Overrides | None = None) -> list[dict[str, Any]]:
     """Parameter groups of a module for AutoNero, one for each treatment, with names."""
     return group_by_treatment(parameter_roles(model, roles), autonero_treatment)
 

@@ -189,13 +189,16 @@ class ArchOptimizer(Optimizer):
         torch casts float state to the type of its parameter, which would cut the float32 statistics of bfloat16
         weights to 8 bits; here they are put back from the state dict as the pre-hooks left it.
 
+        An option that the state dict lacks, because it is older than the option, keeps its value in the group.
+
         Raises ValueError where the state belongs to another optimiser or to weights of another shape.
         """
         final: dict[str, Any] = {}
 
-        def see(_: Optimizer, loaded: dict[str, Any]) -> None:
-            final.update(loaded)
-            self._check_loaded(loaded)
+        def see(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            final.update(self._completed(loaded))
+            self._check_loaded(final)
+            return final
 
         def restore(_: Optimizer) -> None:
             for param, saved in self._matched(final):
@@ -212,6 +215,19 @@ class ArchOptimizer(Optimizer):
             before.remove()
             after.remove()
 
+    def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict with the options that it lacks, as the groups have them."""
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            return state_dict  # torch refuses it
+        options = (
+            {k: v for k, v in g.items() if k not in ("params", "param_names")} for g in self.param_groups
+        )
+        return {
+            **state_dict,
+            "param_groups": [own | saved for own, saved in zip(options, groups, strict=True)],
+        }
+
     def _matched(self, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any]]]:
         """Parameters with their saved state, matched by position as torch matches them."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
@@ -226,6 +242,11 @@ class ArchOptimizer(Optimizer):
                 if not saved:
                     continue
                 expected = self._init_state(param.detach(), group)
+                if foreign := [str(name) for name in saved if name not in self.state_names]:
+                    raise ValueError(
+                        f"the state dict is not {type(self).__name__}'s: state of parameter {index} holds "
+                        f"{', '.join(foreign)}, expected {', '.join(self.state_names) or 'no state'}"
+                    )
                 if missing := [name for name in self.state_names if name not in saved]:
                     raise ValueError(
                         f"the state dict is not {type(self).__name__}'s: state of parameter {index} lacks "
@@ -289,6 +310,41 @@ def check_forms(rule: str, group: dict[str, Any]) -> None:
             f"{rule}: fused=True, but this version has no fused form; use fused=None or foreach=True"
         )
     check_flags(rule, group, "maximize", "capturable")
+
+
+def with_names(rule: str, params: Params) -> Any:
+    """A module as its `(name, parameter)` pairs, for rules that need no roles; anything else as it is.
+
+    Raises ValueError for a module without trainable parameters.
+    """
+    if not isinstance(params, nn.Module):
+        return params
+    pairs = list(params.named_parameters())
+    if not any(param.requires_grad for _, param in pairs):
+        raise ValueError(
+            f"{rule}: {type(params).__name__} has no trainable parameters ({len(pairs)} in all); pass a module "
+            "with at least one parameter that requires a gradient"
+        )
+    return pairs
+
+
+def rate(group: dict[str, Any]) -> Rate:
+    """The group's lr, a tensor of one element as a scalar, so that it broadcasts over 0-d parameters too."""
+    lr: Rate = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def by_device_and_dtype(params: list[Tensor]) -> list[list[int]]:
+    """Positions of tensors that may share one foreach operation."""
+    buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, param in enumerate(params):
+        buckets.setdefault((param.device, param.dtype), []).append(index)
+    return list(buckets.values())
+
+
+def choose(flags: Tensor, new: Iterable[Tensor], old: Iterable[Tensor]) -> list[Tensor]:
+    """For each tensor, the new one where its flag (an entry of a vector) is true, else the old one."""
+    return [torch.where(flag, a, b) for flag, a, b in zip(flags.unbind(), new, old, strict=True)]
 
 
 def takes_foreach(group: dict[str, Any]) -> bool:

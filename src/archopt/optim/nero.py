@@ -25,10 +25,12 @@ from archopt.optim.base import (
     Params,
     Rate,
     bias_correction,
+    by_device_and_dtype,
     check_flags,
     check_forms,
     check_range,
     new_step,
+    rate,
     statistics_like,
     takes_foreach,
 )
@@ -238,7 +240,7 @@ def _single_tensor_nero(params: list[Tensor], states: list[dict[str, Tensor]], g
             state["exp_avg_sq"],
             state["scale"],
             state["step"],
-            lr=group["lr"],
+            lr=rate(group),
             beta=group["beta"],
             dims=dims,
             zero_mean=group["zero_mean"],
@@ -252,15 +254,12 @@ def _single_tensor_nero(params: list[Tensor], states: list[dict[str, Tensor]], g
 
 def _foreach_nero(params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
     """The same step with the statistics of all rows in one vector and one launch a list of tensors."""
-    buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, param in enumerate(params):
-        buckets.setdefault((param.device, param.dtype), []).append(index)
-    for indices in buckets.values():
+    for indices in by_device_and_dtype(params):
         _foreach_bucket([params[i] for i in indices], [states[i] for i in indices], group)
 
 
 def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
-    lr, beta, exact = group["lr"], group["beta"], statistics_like(params[0])
+    lr, beta, exact = rate(group), group["beta"], statistics_like(params[0])
     all_dims = [_dims(p, group) for p in params]
     weights, grads = [], []
     for param, dims in zip(params, all_dims, strict=True):
@@ -274,14 +273,21 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     # Statistics of all rows, one vector each.
     norms = [row_norm(g, dims) for g, dims in zip(grads, all_dims, strict=True)]
     sizes = [norm.numel() for norm in norms]
-    count = _counts.__wrapped__ if torch.compiler.is_compiling() else _counts
+    ordinary = (
+        type(norms[0]) is Tensor and not torch.compiler.is_compiling()
+    )  # a fake tensor must not be kept
+    count = _counts if ordinary else _counts.__wrapped__
     counts = count(tuple(sizes), norms[0].device)
     norm = torch.cat([norm.flatten() for norm in norms])
     old = torch.cat([state["exp_avg_sq"].flatten() for state in states])
     finite = torch.isfinite(norm.square())
     v = torch.where(finite, beta * old + (1 - beta) * norm.square(), old)
     corrections = bias_correction(beta, torch.stack([state["step"] for state in states])).sqrt()
-    rates = lr * torch.stack([state["scale"] for state in states]) * corrections.to(norm.device, exact)
+    rates = (
+        lr
+        * torch.stack([state["scale"] for state in states])
+        * corrections.to(norm.device, exact, non_blocking=True)
+    )
     rates = rates.repeat_interleave(counts, output_size=norm.numel())
     moves = finite & (norm > 0) & (v > 0) & (lr != 0)
     stride = torch.where(moves, rates / v.sqrt(), 0.0)

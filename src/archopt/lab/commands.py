@@ -1,0 +1,468 @@
+"""The commands of the command line: each reads its options, does its work and returns an exit status."""
+
+import contextlib
+import dataclasses
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from torch import nn
+from tyro.conf import Positional, arg
+
+from archopt.lab import options
+from archopt.lab.calls import folder_name, parse_call, split_list
+from archopt.lab.data import default_data_folder, fetch, import_folder, list_sets
+from archopt.lab.errors import LabError
+from archopt.lab.experiment import WorkloadChoice, make_workload, open_experiment, workload_class
+from archopt.lab.optimizers import ENTRIES, check_lr, parse_optimizer
+from archopt.lab.progress import RunProgress, SweepProgress
+from archopt.lab.record import run_path
+from archopt.lab.sweep import Plan, parse_device, rates, show_metric, sweep
+from archopt.lab.train import Settings, train
+from archopt.lab.user_files import describe, load_object
+from archopt.lab.workload import Workload
+from archopt.lab.workloads import registry
+from archopt.roles import parameter_roles
+
+OUT = Path("runs")
+
+
+@dataclass
+class Running:
+    """What every command that trains takes."""
+
+    preset: str = "small"
+    """paper (as published), small (reduced, minutes on two cores) or smoke (seconds)."""
+    data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the data sets (default: the environment's ARCHOPT_DATA, else a folder in the user's cache)."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    amp: bool = False
+    """Forward passes in bfloat16 where torch's autocast does so."""
+    compile: bool = False
+    """Compile the models with torch.compile."""
+    clip_norm: Annotated[float | None, arg(metavar="X")] = None
+    """Clip gradients to this norm (default: as the workload's publication does, usually not)."""
+    threads: Annotated[int | None, arg(metavar="N")] = None
+    """CPU threads of a run (default: the cores, divided among the jobs)."""
+    checkpoint_seconds: Annotated[float, arg(metavar="X")] = 20.0
+    """Time between checkpoints."""
+
+    def settings(self) -> Settings:
+        """How to run. Raises LabError for values out of range."""
+        from archopt.lab.train import Settings
+
+        for name in ("clip_norm", "threads"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise LabError(f"--{name.replace('_', '-')} {value}, expected more than 0")
+        return Settings(
+            device=self.device,
+            amp=self.amp,
+            compile=self.compile,
+            clip_norm=self.clip_norm,
+            threads=self.threads,
+            checkpoint_seconds=self.checkpoint_seconds,
+        )
+
+
+# -- train -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Train(Running):
+    """Options of `archopt train`."""
+
+    workload: Annotated[Positional[str], arg(metavar="WORKLOAD")] = ""
+    """A name from `archopt list`, or a file of your own: ./mine.py."""
+    optimizer: Annotated[str, arg(metavar="NAME", aliases=["-o"])] = "nero"
+    """A name from `archopt list`, package.module:Class, or either with options: 'adamw(weight_decay=0.1)'."""
+    lr: Annotated[float | None, arg(metavar="X")] = None
+    """Learning rate (default: the workload's published one, else the optimiser's default)."""
+    seed: int = 0
+    """Seed of initial weights, batches and everything else."""
+    out: Annotated[Path, arg(metavar="DIR")] = OUT
+    """Folder for records; the run becomes OUT/WORKLOAD-PRESET/OPTIMIZER/lr=X/seed=N."""
+
+
+TRAIN_HELP = (
+    "Trains one workload with one optimiser. A run that was stopped goes on; one that has ended is shown."
+)
+
+
+def train_command(args: list[str]) -> int:
+    """`archopt train`: one run, one record."""
+    help_wanted = "-h" in args or "--help" in args
+    known, _ = options.parse_known(
+        Train, [a for a in args if a not in ("-h", "--help")], prog="archopt train"
+    )
+    if not known.workload:
+        if help_wanted:
+            options.parse(Train, args, prog="archopt train", description=TRAIN_HELP)
+        raise LabError("archopt train needs a workload: a name from `archopt list` or a file, ./mine.py")
+    return _train(*_with_workload_options(known, args))
+
+
+def _with_workload_options(known: Train, args: list[str]) -> tuple[Train, WorkloadChoice]:
+    """Reads the arguments again, now that it is known which workload's options are among them."""
+
+    call = parse_call(known.workload)
+    cls = workload_class(call.name)
+    usual = make_workload(cls, known.preset, call.options)
+    taken = {f.name for f in dataclasses.fields(Train)}
+    if clash := [f.name for f in dataclasses.fields(cls) if f.name in taken]:
+        raise LabError(f"{cls.name}: `archopt train` has an option {clash[0]!r} of its own; rename the field")
+    both = dataclasses.make_dataclass("Both", [("train", Train), (_title(cls), cls)])
+    given: Any = options.parse(
+        both,
+        args,
+        prog=f"archopt train {known.workload}",
+        description=f"{TRAIN_HELP}\n\n{cls.name}: {cls.summary}.",
+        default=both(Train(), usual),
+    )
+    workload: Workload = getattr(given, _title(cls))
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    return given.train, WorkloadChoice(
+        call.name, known.preset, {name: getattr(workload, name) for name in fields}
+    )
+
+
+def _title(cls: type[Workload]) -> str:
+    """How the help heads a workload's own options."""
+    name = "".join(character if character.isalnum() else "_" for character in cls.name)
+    return name if name != "train" and name.isidentifier() else "workload"
+
+
+def _train(asked: Train, choice: WorkloadChoice) -> int:
+
+    settings = asked.settings()
+    optimizer = parse_optimizer(asked.optimizer)
+    if asked.seed < 0:
+        raise LabError(f"--seed {asked.seed}, expected 0 or more")
+    experiment = open_experiment(choice, asked.data, parse_device(asked.device))
+    if asked.lr is None:
+        lr = rates("published", optimizer, experiment)[0]
+    elif optimizer.fixed_lr is not None:
+        raise LabError(f"the learning rate is given twice: --lr {asked.lr} and {optimizer.label}")
+    else:
+        lr = check_lr(optimizer.entry, asked.lr)
+    path = run_path(asked.out, experiment.folder, optimizer.label, lr, asked.seed)
+    rate = "" if lr is None else f" lr={lr:g}"
+    title = f"{experiment.folder} {optimizer.label}{rate} seed {asked.seed}"
+    console = Console()
+    console.print(f"[bold]{escape(title)}[/]", highlight=False)
+    metric = dataclasses.asdict(experiment.workload.metric)
+    with RunProgress(console, title, metric) as progress, _stoppable(progress):
+        result = train(experiment, optimizer, lr, asked.seed, settings, path, progress)
+    if not progress.begun and result["status"] != "failed":
+        console.print("the run has ended before; this is its record")
+    if result["status"] == "failed":
+        print(
+            f"archopt: the run failed: {result['error']}; {path}/result.json has the traceback",
+            file=sys.stderr,
+        )
+        return 1
+    best = result["best"]
+    shown = show_metric(metric, result["final"].get(metric["key"]))
+    console.print(
+        f"{result['status']} after {result['step']:,} steps: [bold]{shown}[/]"
+        + (f" (best {show_metric(metric, best['value'])} at step {best['step']:,})" if best else ""),
+        highlight=False,
+    )
+    console.print(
+        f"{result['seconds']:.1f} s, {1000 * result['seconds_per_step']:.3g} ms a step; optimiser "
+        f"{100 * result['optimizer_share']:.1f} %, laboratory {100 * result['overhead_share']:.1f} %",
+        highlight=False,
+    )
+    console.print(f"record: {path}", highlight=False, soft_wrap=True, markup=False)
+    return 0 if result["status"] == "finished" else 1
+
+
+@contextlib.contextmanager
+def _stoppable(progress: Any) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) asks for a checkpoint and the end, the second ends at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        if progress.stop_requested:
+            raise KeyboardInterrupt
+        progress.stop_requested = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- compare -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Compare(Running):
+    """Options of `archopt compare`."""
+
+    workloads: Annotated[Positional[tuple[str, ...]], arg(metavar="WORKLOAD...")] = ()
+    """Names from `archopt list` or files of your own, with options where wanted: "digits(model='cnn')"."""
+    optimizers: Annotated[str, arg(metavar="A,B,...")] = "nero,agd,sgd,adamw"
+    """Names from `archopt list` or package.module:Class, with options where wanted: 'sgd(momentum=0.9),nero'."""
+    lrs: Annotated[str, arg(metavar="WHICH")] = "grid"
+    """Learning rates: grid (the workload's), published, default, or numbers with commas. The optimiser's default
+    is always tried too; a rate in brackets, 'adamw(lr=0.003)', is the only one for that entry."""
+    seeds: Annotated[str, arg(metavar="N,N,...")] = "0,1,2"
+    """Seeds, all of which every optimiser gets."""
+    jobs: Annotated[int | None, arg(metavar="N")] = None
+    """Runs at a time, each in a process of its own (default: the number of cores; on CUDA 1)."""
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the comparison (default: runs/compare-WORKLOADS-PRESET)."""
+
+
+COMPARE_HELP = (
+    "Trains every optimiser over learning rates and seeds, with the same initial weights and batches for each, and "
+    "writes a table and a page. Given again, the command goes on where it stopped; runs that have ended are kept."
+)
+
+
+def compare_command(args: list[str]) -> int:
+    """`archopt compare`: many runs, one page."""
+    asked = options.parse(Compare, args, prog="archopt compare", description=COMPARE_HELP)
+    if not asked.workloads:
+        raise LabError("archopt compare needs a workload: names from `archopt list` or files, ./mine.py")
+    return _compare(plan(asked, shlex.join(["archopt", "compare", *args])))
+
+
+def plan(asked: Compare, command: str) -> Plan:
+    """What the options ask for. Raises LabError for what cannot be read."""
+
+    calls = [parse_call(text) for text in asked.workloads]
+    names = "+".join(Path(call.name).stem for call in calls)
+    return Plan(
+        workloads=[WorkloadChoice(call.name, asked.preset, call.options) for call in calls],
+        optimizers=split_list(asked.optimizers),
+        lrs=options.rates(asked.lrs),
+        seeds=options.integers(asked.seeds, "--seeds"),
+        out=asked.out or OUT / folder_name(f"compare-{names}-{asked.preset}"),
+        data=asked.data,
+        settings=asked.settings(),
+        jobs=asked.jobs,
+        command=command,
+    )
+
+
+def _compare(plan: Plan) -> int:
+
+    console = Console()
+    with SweepProgress(console) as progress:
+        outcome = sweep(plan, progress)
+    _show_report(plan.out, console)
+    for error in outcome.errors[:10]:
+        print(f"archopt: a run failed: {error}", file=sys.stderr)
+    if outcome.failed > 10:
+        print(f"archopt: {outcome.failed - 10} more runs failed", file=sys.stderr)
+    return 1 if outcome.failed else 0
+
+
+def _show_report(folder: Path, console: Console) -> None:
+    from archopt.lab.report import print_table, write_report
+
+    print_table(folder, console)
+    page = write_report(folder)
+    console.print(f"page: {page}", highlight=False, soft_wrap=True, markup=False)
+
+
+# -- report ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """Options of `archopt report`."""
+
+    folder: Annotated[Positional[Path | None], arg(metavar="DIR")] = None
+    """The folder of a comparison, or of runs: what `archopt compare` or `archopt train` had as --out."""
+
+
+def report_command(args: list[str]) -> int:
+    """`archopt report`: table and page again, from the records alone."""
+    text = (
+        "Prints the table of a comparison and writes its page again, from the records that there are by now."
+    )
+    folder = options.parse(Report, args, prog="archopt report", description=text).folder
+    if folder is None:
+        raise LabError(
+            "archopt report needs a folder: what `archopt compare` or `archopt train` had as --out"
+        )
+    _show_report(folder, Console())
+    return 0
+
+
+# -- list, data, roles -------------------------------------------------------------------------------------
+
+
+@dataclass
+class List:
+    """Options of `archopt list`."""
+
+    data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the data sets (default: the environment's ARCHOPT_DATA, else a folder in the user's cache)."""
+
+
+def list_command(args: list[str]) -> int:
+    """`archopt list`: what there is to train, with what, and on what data."""
+    text = "Lists the workloads, the optimisers and the data sets, and says which of them can be used here."
+    asked = options.parse(List, args, prog="archopt list", description=text)
+
+    console = Console()
+    workloads = _table("workload", "what it is", "options")
+    for name, cls in registry().items():
+        workloads.add_row(name, cls.summary, ", ".join(f.name for f in dataclasses.fields(cls)))
+    console.print(workloads)
+    optimizers = _table("optimiser", "what it is", "default lr")
+    for entry in ENTRIES.values():
+        why = entry.unavailable
+        rate = "none to set" if not entry.rate else "" if why else f"{entry.lr:g}"
+        optimizers.add_row(entry.name, f"{entry.description} ({why})" if why else entry.description, rate)
+    optimizers.add_row("package.module:Class", "any torch optimiser; also ./file.py:Class", "its own")
+    console.print(optimizers)
+    console.print(_data_table(asked.data))
+    return 0
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    return table
+
+
+def _data_table(folder: Path | None) -> Table:
+
+    table = _table("data set", "what it is", "licence", "where")
+    for found in list_sets(default_data_folder(folder)):
+        table.add_row(found.name, found.what, found.licence, found.where or f"not here: {found.command}")
+    return table
+
+
+@dataclass
+class Data:
+    """Options of `archopt data`."""
+
+    action: Annotated[Positional[str], arg(metavar="list|fetch|import")] = ""
+    """list: what there is. fetch NAME...: download. import FOLDER [NAME...]: copy from a folder that has them."""
+    names: Annotated[Positional[tuple[str, ...]], arg(metavar="NAME...")] = ()
+    """For fetch, the sets; for import, the folder to copy from and the sets (default: all that it has)."""
+    data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder that the sets go into (default: the environment's ARCHOPT_DATA, else one in the user's cache)."""
+
+
+def data_command(args: list[str]) -> int:
+    """`archopt data`: where the sets lie, and how to get them there."""
+    text = "Lists, downloads or copies data sets. Every file is checked before it is put in its place."
+    asked = options.parse(Data, args, prog="archopt data", description=text)
+
+    folder = default_data_folder(asked.data)
+    console = Console()
+    if asked.action == "list":
+        if asked.names:
+            raise LabError(f"archopt data list takes no names (got {asked.names[0]!r})")
+        console.print(_data_table(asked.data))
+        return 0
+    if asked.action not in ("fetch", "import"):
+        raise LabError(f"archopt data {asked.action or '...'}: expected list, fetch or import")
+    if not asked.names:
+        wanted = "the name of a set" if asked.action == "fetch" else "the folder to copy from"
+        raise LabError(f"archopt data {asked.action} needs {wanted}; see archopt data --help")
+    with _transfers(console) as progress:
+        if asked.action == "fetch":
+            files = [file for name in asked.names for file in fetch(name, folder, progress)]
+        else:
+            files = import_folder(asked.names[0], folder, asked.names[1:] or None, progress)
+    for file in files:
+        console.print(str(file), highlight=False, soft_wrap=True, markup=False)
+    if not files:
+        console.print("nothing to do: it ships with the package")
+    return 0
+
+
+@contextlib.contextmanager
+def _transfers(console: Console) -> Iterator[Any]:
+    """A bar for every file that is transferred."""
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, done: int, total: int | None) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield show
+
+
+@dataclass
+class Roles:
+    """Options of `archopt roles`."""
+
+    model: Annotated[Positional[str], arg(metavar="FILE.py:NAME")] = ""
+    """A function without arguments that returns the model, or the model: ./net.py:build or package.module:name."""
+
+
+def roles_command(args: list[str]) -> int:
+    """`archopt roles`: the table of a model's parameters."""
+    text = "Shows what each parameter of a model is, and how Nero and AGD, given the model, treat it."
+    asked = options.parse(Roles, args, prog="archopt roles", description=text)
+    if not asked.model:
+        raise LabError("archopt roles needs a model: ./net.py:build, or package.module:name")
+
+    found = load_object(asked.model, expected="a function that returns a model")
+    try:
+        model = found if isinstance(found, nn.Module) else found()
+    except Exception as error:  # the user's own function
+        raise LabError(f"{asked.model} cannot be built: {describe(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise LabError(f"{asked.model} gives a {type(model).__name__}, expected a torch.nn.Module")
+    try:
+        table = parameter_roles(model)
+    except (TypeError, ValueError) as error:
+        raise LabError(f"{asked.model}: {error}") from error
+    print(table)
+    return 0
+
+
+# -- demo --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Demo:
+    """Options of `archopt demo`."""
+
+    out: Annotated[Path, arg(metavar="DIR")] = OUT / "demo"
+    """Folder of the comparison."""
+    jobs: Annotated[int | None, arg(metavar="N")] = None
+    """Runs at a time (default: the number of cores)."""
+
+
+DEMO_OPTIMIZERS = "nero,agd,sgd,adamw,lamb,madam"
+DEMO_LRS = "grid"
+
+
+def demo_command(args: list[str]) -> int:
+    """`archopt demo`: `archopt compare digits`, in a size that ends within three minutes on two cores."""
+    text = (
+        "Compares Nero and AGD with four others on 1,797 real handwritten digits that ship with archopt: nine "
+        "learning rates, three seeds. Prints the table and the path of the page."
+    )
+    asked = options.parse(Demo, args, prog="archopt demo", description=text)
+    compare = Compare(
+        workloads=("digits",), optimizers=DEMO_OPTIMIZERS, lrs=DEMO_LRS, jobs=asked.jobs, out=asked.out
+    )
+    command = f"archopt compare digits --optimizers {DEMO_OPTIMIZERS} --lrs {DEMO_LRS} --out {asked.out}"
+    return _compare(plan(compare, command))

@@ -1,0 +1,22 @@
+"""The laboratory's data: where the sets lie, how they are checked on reading, and how to get them."""
+
+from archopt.lab.data.digits import load_digits
+from archopt.lab.data.folder import DataError, DataFolder, default_data_folder
+from archopt.lab.data.idx import read_idx
+from archopt.lab.data.mnist import load_mnist
+from archopt.lab.data.sets import SetInfo, list_sets
+from archopt.lab.data.transfer import Progress, fetch, import_folder
+
+__all__ = [
+    "DataError",
+    "DataFolder",
+    "Progress",
+    "SetInfo",
+    "default_data_folder",
+    "fetch",
+    "import_folder",
+    "list_sets",
+    "load_digits",
+    "load_mnist",
+    "read_idx",
+]

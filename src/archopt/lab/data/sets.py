@@ -1,0 +1,160 @@
+"""The public data sets that the laboratory knows: their files, how to recognise them, where to get them."""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from archopt.lab.data.folder import DataError, DataFolder, md5
+from archopt.lab.data.idx import read_idx, unpack
+from archopt.optim.base import nearest
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file of a set, named without `.gz`. The checksum is of the unpacked content: who packed it is
+    all one."""
+
+    name: str
+    checksum: str
+    shape: tuple[int, ...]
+
+    def check(self, content: bytes, where: str) -> NDArray[Any]:
+        """The array in `content`, packed or not. DataError, beginning with `where`, if it is another."""
+        content = unpack(content, where)
+        array = read_idx(content, where)
+        if array.shape != self.shape:
+            raise DataError(
+                f"{where} is the wrong file: its array has shape {array.shape}, {self.name} has {self.shape}"
+            )
+        found = md5(content)
+        if found != self.checksum:
+            raise DataError(
+                f"{where} is damaged, or from another set with the same file names (Fashion-MNIST has them): "
+                f"unpacked it has {found}, expected {self.checksum}"
+            )
+        return array
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A public set. `folders` are the places below a data folder where its files may lie, tried in order."""
+
+    name: str
+    what: str
+    licence: str
+    folders: tuple[str, ...] = ()
+    files: tuple[DataFile, ...] = ()
+    mirrors: tuple[str, ...] = ()
+    """Addresses of folders that serve the files with `.gz` behind their names; tried in order."""
+
+    def fetch_command(self, folder: DataFolder) -> str:
+        """The one command that gets this set into `folder`."""
+        where = f" --data {shlex.quote(str(folder.path))}" if folder.path else ""
+        return f"archopt data fetch {self.name}{where}"
+
+    def places(self, root: Path, file: DataFile) -> Iterator[Path]:
+        """Where a file may lie below `root`, in the order in which places are tried."""
+        for place in self.folders:
+            yield root / place / f"{file.name}.gz"
+            yield root / place / file.name
+
+    def find(self, root: Path, file: DataFile) -> Path | None:
+        """The first place that holds the file, or None."""
+        return next((place for place in self.places(root, file) if place.is_file()), None)
+
+    def read(self, folder: DataFolder, file: DataFile) -> NDArray[Any]:
+        """A file's array, checked and its checksum recorded; DataError with the command that is needed."""
+        remedy = f"`{self.fetch_command(folder)}` gets it"
+        if folder.path is None:
+            raise DataError(f"{self.name} lies in a data folder, but none is given; {remedy}")
+        found = self.find(folder.path, file)
+        if found is None:
+            raise DataError(
+                f"{self.name}: {file.name}.gz is not in {folder.path}{missing_folder(folder.path)}; "
+                f"{remedy}, or name the folder that has it with --data DIR"
+            )
+        try:
+            array = file.check(found.read_bytes(), str(found))
+        except OSError as error:
+            raise DataError(f"cannot read {found}: {error.strerror}; {remedy} again") from error
+        except DataError as error:
+            raise DataError(f"{error}; {remedy} again") from error
+        folder.checksums[f"{self.name}/{file.name}"] = file.checksum
+        return array
+
+
+def missing_folder(path: Path) -> str:
+    return "" if path.is_dir() else " (no such folder)"
+
+
+DIGITS = DataSet(
+    name="digits",
+    what="1,797 handwritten digits, 8 x 8 grey (UCI, E. Alpaydin and C. Kaynak)",
+    licence="CC BY 4.0",
+)
+
+MNIST = DataSet(
+    name="mnist",
+    what="MNIST: 60,000 + 10,000 handwritten digits, 28 x 28 grey (Y. LeCun and C. Cortes)",
+    licence="CC BY-SA 3.0",
+    folders=("mnist", "MNIST/raw", "."),
+    files=(
+        DataFile("train-images-idx3-ubyte", "md5:6bbc9ace898e44ae57da46a324031adb", (60000, 28, 28)),
+        DataFile("train-labels-idx1-ubyte", "md5:a25bea736e30d166cdddb491f175f624", (60000,)),
+        DataFile("t10k-images-idx3-ubyte", "md5:2646ac647ad5339dbf082846283269ea", (10000, 28, 28)),
+        DataFile("t10k-labels-idx1-ubyte", "md5:27ae3e4e09519cfbb04c329615203637", (10000,)),
+    ),
+    mirrors=(
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ),
+)
+
+SETS = {known.name: known for known in (DIGITS, MNIST)}
+
+
+def data_set(name: str) -> DataSet:
+    """The set of this name. Raises DataError, with the nearest name, where there is none."""
+    if name not in SETS:
+        raise DataError(f"no data set {name!r}{nearest(name, SETS)} (known: {', '.join(SETS)})")
+    return SETS[name]
+
+
+@dataclass(frozen=True)
+class SetInfo:
+    """A line of `archopt data list`."""
+
+    name: str
+    what: str
+    licence: str
+    where: str | None
+    """The folder that holds it, or that it ships with the package; None while files are missing."""
+    missing: tuple[str, ...]
+    """Files that are not there."""
+    command: str | None
+    """What to type to get it; None where it is there."""
+
+
+def list_sets(folder: DataFolder) -> list[SetInfo]:
+    """Every known set, and where `folder` has it. Only looks whether files are there; reading checks them."""
+    return [_info(known, folder) for known in SETS.values()]
+
+
+def _info(known: DataSet, folder: DataFolder) -> SetInfo:
+    if not known.files:
+        return SetInfo(known.name, known.what, known.licence, "in the package", (), None)
+    found = {file.name: folder.path and known.find(folder.path, file) for file in known.files}
+    missing = tuple(name for name, place in found.items() if place is None)
+    parents = sorted({str(place.parent) for place in found.values() if place is not None})
+    return SetInfo(
+        known.name,
+        known.what,
+        known.licence,
+        None if missing else ", ".join(parents),
+        missing,
+        known.fetch_command(folder) if missing else None,
+    )

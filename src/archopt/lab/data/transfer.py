@@ -1,0 +1,169 @@
+"""Getting data sets into a data folder: from their public mirrors, or from a folder that has them.
+
+Every file is checked before it is put in its place, and put there in one step: a transfer that fails leaves
+what was there before, and nothing half-written.
+"""
+
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from archopt._version import __version__
+from archopt.lab.data.folder import DataError, DataFolder
+from archopt.lab.data.sets import SETS, DataFile, DataSet, data_set, missing_folder
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with a file's name, the bytes done so far, and its size where that is known."""
+
+CHUNK = 1 << 16
+TIMEOUT = 30.0  # seconds without an answer after which the next mirror is tried
+
+
+def fetch(
+    name: str, folder: DataFolder, progress: Progress | None = None, *, mirrors: Sequence[str] | None = None
+) -> list[Path]:
+    """Downloads a set into `folder` and returns its files; those that are there and pass their check stay.
+
+    mirrors: addresses (`http`, `https` or `file`) to try instead of the set's own, each with the files.
+    Raises DataError, which says what each mirror answered, where a file could not be had; files that were
+    finished before that stay.
+    """
+    known = data_set(name)
+    if folder.path is None:
+        raise DataError(f"nowhere to put {name}: no data folder is given; name one with --data DIR")
+    return [_fetch_file(known, file, folder.path, progress, mirrors) for file in known.files]
+
+
+def _fetch_file(
+    known: DataSet, file: DataFile, root: Path, progress: Progress | None, mirrors: Sequence[str] | None
+) -> Path:
+    there = known.find(root, file)
+    if there is not None and _passes(file, there):
+        return there
+    answers = []
+    for mirror in known.mirrors if mirrors is None else mirrors:
+        url = f"{mirror.rstrip('/')}/{file.name}.gz"
+        try:
+            content = _download(url, f"{file.name}.gz", progress)
+            file.check(content, "what it sent")
+        except DataError as error:
+            answers.append(f"{url}: {error}")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            answers.append(f"{url}: {_reason(error)}")
+        else:
+            return write_atomic(_home(known, root) / f"{file.name}.gz", content)
+    raise DataError(
+        f"could not download {file.name}.gz ({'; '.join(answers) or 'no mirror given'}); try again, or "
+        f"fetch it where there is a network and run `archopt data import FOLDER`"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with a download, without the wrapping of urllib."""
+    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        return getattr(error.reason, "strerror", None) or str(error.reason)
+    return str(error) or type(error).__name__
+
+
+def _passes(file: DataFile, place: Path) -> bool:
+    try:
+        file.check(place.read_bytes(), str(place))
+    except (DataError, OSError):
+        return False
+    return True
+
+
+def _home(known: DataSet, root: Path) -> Path:
+    """Where a set's files are put: the place that is looked at first."""
+    return root / known.folders[0]
+
+
+def _download(url: str, name: str, progress: Progress | None) -> bytes:
+    """The body of `url`. Raises what urllib raises, and DataError where the body is cut short."""
+    request = urllib.request.Request(url, headers={"User-Agent": f"archopt/{__version__}"})
+    chunks: list[bytes] = []
+    done = 0
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        length = response.headers.get("Content-Length")
+        total = int(length) if length else None
+        while chunk := response.read(CHUNK):
+            chunks.append(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(name, done, total)
+    if total is not None and done != total:
+        raise DataError(f"the connection ended after {done} of {total} bytes")
+    return b"".join(chunks)
+
+
+def import_folder(
+    source: str | Path,
+    folder: DataFolder,
+    names: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Copies sets from a folder on disk into `folder`, each file checked first, and returns the copies.
+
+    names: which sets (default: every known set of which `source` has a file). Raises DataError where a set is
+    not complete there or a file fails its check; nothing of that set is copied then.
+    """
+    source = Path(source).expanduser()
+    if not source.is_dir():
+        raise DataError(
+            f"cannot import from {source}{missing_folder(source)}: name the folder that holds the files"
+        )
+    if folder.path is None:
+        raise DataError("nowhere to import to: no data folder is given; name one with --data DIR")
+    wanted = [data_set(name) for name in names] if names else list(_sets_in(source))
+    if not wanted:
+        known = ", ".join(
+            f"{known.name} ({known.files[0].name}.gz, ...)" for known in SETS.values() if known.files
+        )
+        raise DataError(
+            f"{source} holds no known data set; looked for {known} there and in the usual subfolders"
+        )
+    return [copy for known in wanted for copy in _import_set(known, source, folder.path, progress)]
+
+
+def _sets_in(source: Path) -> list[DataSet]:
+    return [known for known in SETS.values() if any(known.find(source, file) for file in known.files)]
+
+
+def _import_set(known: DataSet, source: Path, root: Path, progress: Progress | None) -> list[Path]:
+    contents: dict[Path, bytes] = {}
+    for file in known.files:
+        found = known.find(source, file)
+        if found is None:
+            raise DataError(f"{source} has no {file.name}.gz: {known.name} is not complete there")
+        try:
+            content = found.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {found}: {error.strerror}") from error
+        file.check(content, str(found))
+        contents[_home(known, root) / found.name] = content
+        if progress is not None:
+            progress(found.name, len(content), len(content))
+    return [write_atomic(target, content) for target, content in contents.items()]
+
+
+def write_atomic(target: Path, content: bytes) -> Path:
+    """Writes a file whole or not at all, with the folders above it. Raises DataError where that fails."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {target}: {error.strerror}; make room or name another folder with --data DIR"
+        ) from error
+    return target

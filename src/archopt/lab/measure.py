@@ -1,0 +1,148 @@
+"""Where the time and the memory of a run go."""
+
+import os
+import sys
+from array import array
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+FORWARD_BACKWARD, OPTIMIZER, OTHER = "forward_backward", "optimizer", "other"
+PHASES = (FORWARD_BACKWARD, OPTIMIZER, OTHER)
+
+
+class Clock:
+    """Divides the time of steps into phases. Between `start` and the next pause not a moment is left out."""
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(PHASES, 0.0)
+        """Seconds of the whole run by phase."""
+        self.durations = array("f")
+        """Seconds of each step."""
+        self._phase = OTHER
+        self._mark = self._step_began = perf_counter()
+
+    def start(self) -> None:
+        """Begins to count, after whatever is not to be counted: loading, evaluation, checkpoints."""
+        self._phase = OTHER
+        self._mark = self._step_began = perf_counter()
+
+    def enter(self, phase: str) -> None:
+        """Ends the present phase and begins `phase`."""
+        now = perf_counter()
+        self.totals[self._phase] += now - self._mark
+        self._mark = now
+        self._phase = phase
+
+    def end_step(self) -> float:
+        """Ends a step and begins the next, with the phase `other`; returns the present moment."""
+        self.enter(OTHER)
+        self.durations.append(self._mark - self._step_began)
+        self._step_began = self._mark
+        return self._mark
+
+    def settle(self) -> None:
+        """Brings `totals` and `durations` up to date."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all steps."""
+        return sum(self.totals.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        return {"totals": dict(self.totals), "durations": torch.tensor(self.durations, dtype=torch.float32)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.totals = dict(state["totals"])
+        self.durations = array("f", state["durations"].tolist())
+
+
+class CudaClock(Clock):
+    """The same for a device that works on after the program has moved on: events in its stream, read when asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._events: list[tuple[str | None, torch.cuda.Event]] = []
+
+    def _record(self, phase: str | None) -> None:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        self._events.append((phase, event))
+
+    def start(self) -> None:
+        self.settle()
+        self._events.clear()
+        self._record(OTHER)
+
+    def enter(self, phase: str) -> None:
+        self._record(phase)
+
+    def end_step(self) -> float:
+        self._record(None)  # the end of a step; what follows is `other`
+        return perf_counter()
+
+    def settle(self) -> None:
+        if len(self._events) < 2:
+            return
+        torch.cuda.synchronize(self._device)
+        step = 0.0
+        for (phase, begin), (following, end) in zip(self._events, self._events[1:]):
+            seconds = begin.elapsed_time(end) / 1000
+            self.totals[phase or OTHER] += seconds
+            step += seconds
+            if following is None:
+                self.durations.append(step)
+                step = 0.0
+        self._events = self._events[-1:]
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else Clock()
+
+
+class PeakMemory:
+    """The most memory that was in use since `start`: on CUDA what torch allocated, else what the process held."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.before = 0
+        """The peak of the part of the run that a resumed one does not see."""
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            # Linux can forget the peak of what ran earlier in this process; where it refuses, the peak includes it.
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> int:
+        """Bytes."""
+        if self._device.type == "cuda":
+            now = torch.cuda.max_memory_allocated(self._device)
+        else:
+            now = _process_peak()
+        return max(self.before, now)
+
+
+def _process_peak() -> int:
+    with suppress(OSError, StopIteration, ValueError):
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in status if line.startswith("VmHWM:")).split()[1])
+    try:
+        import resource
+    except ImportError:  # Windows does not tell without a further package
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,343 @@
+"""The records of a comparison, read from their files into plain tables.
+
+Files are the only door between the runner and the report: `comparison.json` says what was asked for, each run's
+`config.json`, `metrics.jsonl` and `result.json` say what happened. A run that was asked for and is not there is
+kept as a run with the status "missing", so that nothing drops out of a table or a picture unseen.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from archopt.lab.errors import LabError
+
+Status = Literal["finished", "diverged", "failed", "unfinished", "missing"]
+"""The first three are the runner's own words; "unfinished" has begun and holds no result yet."""
+
+FORMAT = 1
+"""The format of the records that this code reads."""
+
+
+class ReportError(LabError):
+    """A folder or a record that cannot be reported on; the message is one line and names the file."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a workload is judged by. A unit of "%" says that the values are fractions, shown as percentages."""
+
+    key: str
+    name: str
+    higher_is_better: bool
+    unit: str = ""
+
+    @property
+    def percent(self) -> bool:
+        return self.unit == "%"
+
+    def better(self, a: float, b: float) -> bool:
+        return a > b if self.higher_is_better else a < b
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of `metrics.jsonl`: the evaluation after `step` steps. Non-finite numbers are kept as they are."""
+
+    step: int
+    seconds: float
+    train: Mapping[str, float]
+    eval: Mapping[str, float]
+    optimizer: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimiser as it was compared. `rate` says whether it has a learning rate to set at all."""
+
+    label: str
+    name: str
+    default_lr: float | None
+    rate: bool
+    published_lr: Mapping[str, float] = field(default_factory=dict)
+    lrs: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """The learning rates that were asked for, by workload, where the comparison says so for each optimiser."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its identity, how it ended, and what it wrote on the way."""
+
+    optimizer: str
+    lr: float | None
+    seed: int
+    status: Status
+    folder: str = ""
+    """Relative to the comparison's folder, with forward slashes; empty where nothing was written."""
+    points: tuple[Point, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def error(self) -> str:
+        return str(self.result.get("error") or "")
+
+    def number(self, key: str) -> float | None:
+        """A finite number of `result.json`, or None."""
+        return finite(self.result.get(key))
+
+    def final(self, key: str) -> float | None:
+        """A finite metric at the end of training, or None."""
+        values = self.result.get("final")
+        return finite(values.get(key)) if isinstance(values, dict) else None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One experiment of a comparison with all of its runs, the missing ones among them."""
+
+    name: str
+    preset: str
+    folder: str
+    summary: str
+    metric: Metric
+    options: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    extra: tuple[Run, ...]
+    """Runs found in the folder that the comparison did not ask for: listed, and counted nowhere."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.preset})" if self.preset else self.name
+
+    @property
+    def slug(self) -> str:
+        """What files about it are called: the folder's name, without what file names should not have."""
+        return re.sub(r"[^\w.+=-]+", "-", self.folder).lstrip(".")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a folder of records holds."""
+
+    folder: Path
+    command: str
+    workloads: tuple[Workload, ...]
+    optimizers: tuple[Optimizer, ...]
+    seeds: tuple[int, ...]
+    lrs: Any
+    """What was asked for last: "grid", "published", "default" or a list."""
+    written: float
+    """When the newest of its records was written, in seconds since 1970."""
+
+
+def finite(value: Any) -> float | None:
+    """The value as a float where it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def load(folder: Path) -> Comparison:
+    """Reads a comparison's folder.
+
+    Raises ReportError, which names the file, where there are no runs or a record is broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReportError(f"{folder}: no such folder; expected the --out of an `archopt compare`")
+    asked = folder / "comparison.json"
+    if not asked.is_file():
+        raise ReportError(f"{folder}: no comparison.json in it; expected the --out of an `archopt compare`")
+    record = _read_json(asked)
+    _check_format(record, asked)
+    optimizers = tuple(_optimizer(entry, asked) for entry in _need(record, "optimizers", list, asked))
+    seeds = tuple(_need(record, "seeds", list, asked))
+    lrs = record.get("lrs")
+    workloads = tuple(
+        _workload(folder, entry, optimizers, seeds, lrs, asked)
+        for entry in _need(record, "workloads", list, asked)
+    )
+    written = [folder / run.folder for w in workloads for run in (*w.runs, *w.extra) if run.folder]
+    if not written:
+        raise ReportError(
+            f"{folder}: no runs in it; run `{record.get('command') or 'archopt compare'}` first"
+        )
+    return Comparison(
+        folder=folder,
+        command=str(record.get("command", "")),
+        workloads=workloads,
+        optimizers=optimizers,
+        seeds=seeds,
+        lrs=lrs,
+        written=max(path.stat().st_mtime for run in written for path in run.glob("*.json*")),
+    )
+
+
+def _optimizer(entry: Any, path: Path) -> Optimizer:
+    label = _need(entry, "label", str, path)
+    return Optimizer(
+        label=label,
+        name=str(entry.get("name", label)),
+        default_lr=finite(entry.get("default_lr")),
+        rate=bool(entry.get("rate", True)),
+        published_lr=entry.get("published_lr") or {},
+        lrs=entry.get("lrs") or {},
+    )
+
+
+def _workload(
+    folder: Path,
+    entry: Any,
+    optimizers: Sequence[Optimizer],
+    seeds: Sequence[int],
+    lrs: Any,
+    path: Path,
+) -> Workload:
+    name, place = _need(entry, "name", str, path), _need(entry, "folder", str, path)
+    found = _read_runs(folder, folder / place)
+    asked: list[Run] = []
+    for optimizer in optimizers:
+        for lr in _rates(optimizer, name, lrs, found):
+            for seed in seeds:
+                absent = Run(optimizer.label, lr, seed, "missing")
+                asked.append(found.pop((optimizer.label, lr, seed), absent))
+    return Workload(
+        name=name,
+        preset=str(entry.get("preset", "")),
+        folder=place,
+        summary=str(entry.get("summary", "")),
+        metric=_metric(_need(entry, "metric", dict, path), path),
+        options=entry.get("options") or {},
+        runs=tuple(asked),
+        extra=tuple(found.values()),
+    )
+
+
+Key = tuple[str, float | None, int]
+
+
+def _rates(optimizer: Optimizer, workload: str, lrs: Any, found: Iterable[Key]) -> list[float | None]:
+    """The learning rates at which runs are expected: those asked for, and those at which there are runs."""
+    if not optimizer.rate:
+        return [None]
+    asked = optimizer.lrs.get(workload)
+    if asked is None:
+        asked = [lr for lr in lrs if finite(lr) is not None] if isinstance(lrs, list) else []
+    there = {lr for label, lr, _ in found if label == optimizer.label}
+    return sorted({*map(float, asked), *there}, key=lambda lr: lr or 0.0)
+
+
+def _read_runs(root: Path, folder: Path) -> dict[Key, Run]:
+    """Every run below a folder by optimiser, learning rate and seed."""
+    runs: dict[Key, Run] = {}
+    for path in sorted(folder.rglob("config.json")):
+        run = _read_run(root, path.parent)
+        key = (run.optimizer, run.lr, run.seed)
+        if key in runs:
+            raise ReportError(
+                f"{path}: holds the same run as {runs[key].folder} (optimiser {run.optimizer}, lr {run.lr}, "
+                f"seed {run.seed}); expected one folder a run, remove one of the two"
+            )
+        runs[key] = run
+    return runs
+
+
+def _read_run(root: Path, folder: Path) -> Run:
+    path = folder / "config.json"
+    config = _read_json(path)
+    _check_format(config, path)
+    optimizer = _need(config, "optimizer", dict, path)
+    label, seed = _need(optimizer, "label", str, path), _need(config, "seed", int, path)
+    lr = finite(optimizer.get("lr"))
+    result: dict[str, Any] = {}
+    status: Status = "unfinished"
+    path = folder / "result.json"
+    if path.is_file():
+        result = _read_json(path)
+        status = _need(result, "status", str, path)
+        if status not in ("finished", "diverged", "failed"):
+            raise ReportError(f'{path}: status "{status}"; expected "finished", "diverged" or "failed"')
+        if status == "finished":
+            key = _need(_need(result, "metric", dict, path), "key", str, path)
+            if finite(_need(result, "final", dict, path).get(key)) is None:
+                status = "diverged"  # a result without a finite metric counts as what it is
+    place = folder.relative_to(root).as_posix()
+    return Run(label, lr, seed, status, place, _read_points(folder / "metrics.jsonl"), config, result)
+
+
+def _read_points(path: Path) -> tuple[Point, ...]:
+    """The evaluations of a run. The last line may be torn (the run is being written, or was killed): left out."""
+    if not path.is_file():
+        return ()
+    lines = path.read_text(encoding="utf-8").split("\n")
+    points = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            points.append(
+                Point(
+                    step=int(entry["step"]),
+                    seconds=float(entry.get("seconds", math.nan)),
+                    train=_numbers(entry.get("train")),
+                    eval=_numbers(entry.get("eval")),
+                    optimizer=_numbers(entry.get("optimizer")),
+                )
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise ReportError(
+                f"{path}: line {number} is not an evaluation ({error}); remove the run's folder and train it again"
+            ) from error
+    return tuple(points)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    """The numbers of a record's object; null stands for a number that JSON cannot write, so it reads as NaN."""
+    if values is None:
+        return {}
+    return {key: math.nan if value is None else float(value) for key, value in values.items()}
+
+
+def _metric(record: dict[str, Any], path: Path) -> Metric:
+    key = _need(record, "key", str, path)
+    return Metric(
+        key=key,
+        name=str(record.get("name", key)),
+        higher_is_better=_need(record, "higher_is_better", bool, path),
+        unit=str(record.get("unit") or ""),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ReportError(
+            f"{path}: cannot be read ({error}); restore it, or remove its folder and run the command again"
+        ) from error
+    if not isinstance(record, dict):
+        raise ReportError(f"{path}: holds {type(record).__name__}; expected a JSON object")
+    return record
+
+
+def _check_format(record: dict[str, Any], path: Path) -> None:
+    if record.get("format") != FORMAT:
+        raise ReportError(
+            f"{path}: format {record.get('format')!r}; this version of archopt reads format {FORMAT}"
+        )
+
+
+def _need(record: Any, key: str, kind: type, path: Path) -> Any:
+    """The value of a key that a record must have. Raises ReportError, naming the file and the key."""
+    if not isinstance(record, dict):
+        raise ReportError(f"{path}: holds {record!r} where an object with the key {key!r} was expected")
+    if not isinstance(record.get(key), kind):
+        raise ReportError(f"{path}: {key!r} is {record.get(key)!r}; expected {kind.__name__}")
+    return record[key]

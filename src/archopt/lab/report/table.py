@@ -1,0 +1,429 @@
+"""The tables of a comparison, built once and written for the terminal, the page, Markdown and JSON."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from archopt.lab.report import text
+from archopt.lab.report.load import Comparison, Run
+from archopt.lab.report.statistics import TARGET_SHARE, Cell, Reached, Row, Summary
+
+OVERHEAD = 0.05
+"""More than this share of a step outside forward, backward and optimiser is worth a note."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A field of a table: what is written, what it sorts by (smaller is better), and whether it stands out."""
+
+    text: str
+    order: float | None = None
+    """None: it sorts by its text."""
+    best: bool = False
+    bad: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's name and the one line that explains it."""
+
+    name: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of entries, one an optimiser; the first entry of a row is its label."""
+
+    subject: str
+    """What it is about: a workload, or all of them."""
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+
+
+def tables(summary: Summary) -> list[Table]:
+    """What the optimisers reached, when, and what it cost."""
+    timed = [target_times(summary)] if summary.target is not None else []
+    return [results(summary), *timed, costs(summary)]
+
+
+def results(summary: Summary) -> Table:
+    """Final metric at the default and at the best rate, and what not tuning costs."""
+    metric = summary.workload.metric
+    unit = "%" if metric.percent else metric.unit
+    columns = (
+        Column(
+            "optimiser",
+            "Sorted by the final metric at the best rate; settings that did not finish come last.",
+        ),
+        Column("default lr", "The optimiser's own learning rate, which somebody uses who does not tune."),
+        Column(
+            "at the default", f"Final {metric.name}: mean ± population standard deviation over the seeds."
+        ),
+        Column("best lr", "The rate with the best mean, among those tried at which the most seeds finished."),
+        Column("at the best", "Chosen on the very numbers that are shown, so slightly optimistic."),
+        Column("regret", "Best mean of any optimiser at any rate minus own mean at the default."),
+        Column("runs", "How many were asked for, and how many of them did not finish."),
+    )
+    rows = [
+        (
+            Entry(row.optimizer.label),
+            Entry(text.rate(row.optimizer.default_lr)),
+            _final(row.default, "not run"),
+            Entry(_best_rate(row)),
+            _final(row.best, _trouble(row.runs)),
+            Entry(text.regret(metric, row.regret), _or_last(row.regret), bad=row.regret == math.inf),
+            Entry(_runs(row), bad=bool(_trouble(row.runs))),
+        )
+        for row in summary.rows
+    ]
+    title = f"final {metric.name}{f' in {unit}' if unit else ''}"
+    return Table(summary.workload.title, title, columns, _with_best(rows))
+
+
+def target_times(summary: Summary) -> Table:
+    """Steps and seconds to the target."""
+    columns = (
+        Column("optimiser", "In the order of the results."),
+        Column("steps, default lr", "Steps to the target at the default rate: median over the seeds."),
+        Column("steps, best lr", "Steps to the target at the best rate: median over the seeds."),
+        Column("time, default lr", "Training time to the target at the default rate, without evaluation."),
+        Column("time, best lr", "Training time to the target at the best rate, without evaluation."),
+    )
+    rows = [
+        (
+            Entry(row.optimizer.label),
+            _reached(row.reached_default, seconds=False),
+            _reached(row.reached_best, seconds=False),
+            _reached(row.reached_default, seconds=True),
+            _reached(row.reached_best, seconds=True),
+        )
+        for row in summary.rows
+    ]
+    metric = summary.workload.metric
+    title = f"steps and time to {metric.name} {text.value(metric, summary.target)}"
+    return Table(summary.workload.title, title, columns, _with_best(rows))
+
+
+def costs(summary: Summary) -> Table:
+    """Time of a step and memory."""
+    columns = (
+        Column("optimiser", "In the order of the results."),
+        Column("time", "Of a step: median over the steps of a run, then over the runs that finished."),
+        Column("× fastest", "Time of a step over that of the fastest optimiser here."),
+        Column("in optimiser", "The optimiser's share of the time of a step."),
+        Column(
+            "state, B/parameter",
+            "Bytes that the optimiser keeps between steps, over the number of parameters.",
+        ),
+        Column("peak memory", "Of the whole process on a CPU; of what torch allocated on a GPU."),
+    )
+    rows = [
+        (
+            Entry(row.optimizer.label),
+            Entry(text.duration(row.seconds_per_step), _or_last(row.seconds_per_step)),
+            Entry(_times(row.relative_time), _or_last(row.relative_time)),
+            Entry(text.share(row.optimizer_share), _or_last(row.optimizer_share)),
+            Entry(_figures(row.state_per_parameter), _or_last(row.state_per_parameter)),
+            Entry(text.size(row.peak_memory), _or_last(row.peak_memory)),
+        )
+        for row in summary.rows
+    ]
+    return Table(summary.workload.title, "cost of a step", columns, _with_best(rows))
+
+
+def overall(summaries: Sequence[Summary]) -> Table:
+    """The regret of the default on every workload, and how many targets were reached without tuning."""
+    labels = list(dict.fromkeys(row.optimizer.label for summary in summaries for row in summary.rows))
+    columns = (
+        Column("optimiser", "Sorted by the number of targets reached at the default rate."),
+        *(
+            Column(
+                summary.workload.title,
+                f"Best mean {summary.workload.metric.name} of any optimiser at any rate minus own at the default.",
+            )
+            for summary in summaries
+        ),
+        Column(
+            "targets reached", "Workloads whose target the median over the seeds reaches at the default rate."
+        ),
+    )
+    rows = []
+    for label in labels:
+        found = [next((row for row in s.rows if row.optimizer.label == label), None) for s in summaries]
+        reached = sum(row is not None and _gets_there(row.reached_default) for row in found)
+        regrets = [
+            Entry(
+                text.regret(summary.workload.metric, row.regret),
+                _or_last(row.regret),
+                bad=row.regret == math.inf,
+            )
+            if row is not None
+            else Entry(text.NONE)
+            for summary, row in zip(summaries, found)
+        ]
+        rows.append((Entry(label), *regrets, Entry(f"{reached} of {len(summaries)}", -reached)))
+    rows.sort(key=lambda row: row[-1].order or 0.0)
+    return Table("all workloads", "regret of the default", columns, _with_best(rows))
+
+
+def _best_rate(row: Row) -> str:
+    if row.best is None or row.best.lr is None:
+        return text.NONE
+    return text.rate(row.best.lr) + (" *" if row.best_at_edge else "")
+
+
+def _final(cell: Cell | None, otherwise: str) -> Entry:
+    if cell is None:
+        return Entry(otherwise, bad=True)
+    order = math.inf
+    if cell.final is not None and cell.complete:
+        order = -cell.final.mean if cell.metric.higher_is_better else cell.final.mean
+    return Entry(text.final(cell), order, bad=not cell.complete)
+
+
+def _reached(when: Reached | None, *, seconds: bool) -> Entry:
+    if when is None:
+        return Entry(text.NONE)
+    middle = when.median(when.seconds if seconds else when.steps)
+    return Entry(text.reached(when, seconds=seconds), middle, bad=math.isinf(middle))
+
+
+def _gets_there(when: Reached | None) -> bool:
+    return when is not None and math.isfinite(when.median(when.steps))
+
+
+def _trouble(runs: Sequence[Run]) -> str:
+    counts = {
+        s: sum(run.status == s for run in runs) for s in ("diverged", "failed", "unfinished", "missing")
+    }
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+
+
+def _runs(row: Row) -> str:
+    trouble = _trouble(row.runs)
+    return f"{len(row.runs)}; {trouble}" if trouble else str(len(row.runs))
+
+
+def _times(ratio: float | None) -> str:
+    return text.NONE if ratio is None else f"{ratio:.2f}×"
+
+
+def _figures(number: float | None) -> str:
+    return text.NONE if number is None else f"{number:.3g}"
+
+
+def _or_last(number: float | None) -> float:
+    return math.inf if number is None else number
+
+
+def _with_best(rows: Sequence[tuple[Entry, ...]]) -> tuple[tuple[Entry, ...], ...]:
+    """Marks the best entries of each column, and those that read the same; none where all read the same."""
+    columns = []
+    for column in zip(*rows):
+        best = min(column, key=lambda entry: math.inf if entry.order is None else entry.order)
+        stands_out = (
+            best.order is not None and math.isfinite(best.order) and len({e.text for e in column}) > 1
+        )
+        columns.append([replace(e, best=stands_out and e.text == best.text) for e in column])
+    return tuple(zip(*columns))
+
+
+# ----------------------------------------------------------------------------------------------------------- notes
+
+
+def notes(comparison: Comparison, summary: Summary) -> list[str]:
+    """How the numbers of a workload came about, and what to beware of."""
+    metric = summary.workload.metric
+    seeds = [str(seed) for seed in comparison.seeds]
+    lines = [
+        f"Mean ± population standard deviation over the seeds {text.listing(seeds)}, of those that finished."
+        if len(seeds) > 1
+        else f"One seed ({text.listing(seeds)}), so no spread is known.",
+        f"The best rate has the best mean final {metric.name} of the rates tried (of those at which the most seeds "
+        "finished). It is chosen on the numbers that are shown, so these are slightly optimistic.",
+    ]
+    if summary.target is not None:
+        why = (
+            "as asked for"
+            if summary.target_given
+            else f"{100 * TARGET_SHARE:.0f} % of the way from before training "
+            f"({text.value(metric, summary.initial)}) to the best mean ({text.value(metric, summary.best)})"
+        )
+        lines.append(f"Target: {metric.name} {text.value(metric, summary.target)}, {why}.")
+    return [*lines, *warnings(summary)]
+
+
+def warnings(summary: Summary) -> list[str]:
+    """What a reader should beware of: missing runs, rates at the end of the grid, errors, overhead."""
+    lines = []
+    runs = summary.workload.runs
+    if lost := [run for run in runs if run.status in ("missing", "unfinished")]:
+        lines.append(
+            f"{len(lost)} of {len(runs)} runs are missing or unfinished; the same command makes them up."
+        )
+    if edge := [row.optimizer.label for row in summary.rows if row.best_at_edge]:
+        lines.append(
+            f"* The best rate of {text.listing(edge)} is the smallest or largest tried; a better one may lie "
+            "beyond."
+        )
+    for row in summary.rows:
+        if errors := list(dict.fromkeys(run.error for run in row.runs if run.status == "failed")):
+            lines.append(f"{row.optimizer.label} failed: {errors[0]}")
+    shares = {row.optimizer.label: row.overhead_share or 0.0 for row in summary.rows}
+    if slow := [label for label, share in shares.items() if share > OVERHEAD]:
+        lines.append(
+            f"With {text.listing(slow)}, up to {text.share(max(shares.values()))} of a step went into neither "
+            "forward, backward nor optimiser (a busy machine, slow data), so the times say less."
+        )
+    if summary.workload.extra:
+        lines.append(
+            f"{len(summary.workload.extra)} runs in {summary.workload.folder} belong to no optimiser or seed of "
+            "the comparison: listed with the runs, and counted nowhere."
+        )
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------- terminal, Markdown
+
+
+WIDE = 100
+"""A terminal of so many columns has room for a second space between those of a table."""
+
+
+def render(table: Table, *, wide: bool) -> RichTable:
+    """The table for a terminal."""
+    title = Text(f"{table.subject}: {table.title}", style="bold")
+    made = RichTable(title=title, title_justify="left", box=SIMPLE, padding=(0, int(wide), 0, 0))
+    for index, column in enumerate(table.columns):
+        made.add_column(Text(column.name), justify="left" if index == 0 else "right", overflow="fold")
+    for label, *rest in table.rows:
+        cells = [Text(_lines(e), style="bold" if e.best else "red" if e.bad else "") for e in rest]
+        made.add_row(Text(label.text), *cells)
+    return made
+
+
+def _lines(entry: Entry) -> str:
+    """What became of the runs below the numbers: terminals are narrow."""
+    return entry.text.replace("; ", "\n").replace(", ", "\n") if entry.bad else entry.text
+
+
+def show(comparison: Comparison, summaries: Sequence[Summary], console: Console) -> None:
+    """Prints all tables with their notes."""
+    wide = console.width >= WIDE
+    for summary in summaries:
+        for table in tables(summary):
+            console.print(render(table, wide=wide))
+        for note in notes(comparison, summary):
+            console.print(Text(f"  {note}", style="dim"))
+        console.print()
+    if len(summaries) > 1:
+        console.print(render(overall(summaries), wide=wide))
+
+
+def markdown(comparison: Comparison, summaries: Sequence[Summary]) -> str:
+    """All tables with their notes as Markdown."""
+    parts = [f"`{comparison.command}`"] if comparison.command else []
+    if len(summaries) > 1:
+        parts.append(_markdown_table(overall(summaries)))
+    for summary in summaries:
+        parts += [_markdown_table(table) for table in tables(summary)]
+        parts.append("\n".join(f"- {_markdown(note)}" for note in notes(comparison, summary)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [
+        f"### {_markdown(f'{table.subject}: {table.title}')}",
+        "",
+        _markdown_row(column.name for column in table.columns),
+    ]
+    lines.append("|" + " --- |" + " ---: |" * (len(table.columns) - 1))
+    for row in table.rows:
+        marked = (f"**{_markdown(e.text)}**" if e.best else _markdown(e.text) for e in row)
+        lines.append(f"| {' | '.join(marked)} |")
+    return "\n".join(lines)
+
+
+def _markdown_row(names: Iterable[str]) -> str:
+    return f"| {' | '.join(map(_markdown, names))} |"
+
+
+def _markdown(words: str) -> str:
+    """Free text, with the characters that Markdown and HTML would take as their own made harmless."""
+    words = " ".join(words.split()).replace("&", "&amp;").replace("<", "&lt;")
+    for character in "\\`*_[]|":
+        words = words.replace(character, f"\\{character}")
+    return words
+
+
+# ------------------------------------------------------------------------------------------------------------ JSON
+
+
+def as_json(comparison: Comparison, summaries: Sequence[Summary]) -> dict[str, Any]:
+    """All numbers of the tables, unrounded; what is infinite or unknown is null, with counts beside it."""
+    return {
+        "format": 1,
+        "command": comparison.command,
+        "seeds": list(comparison.seeds),
+        "standard_deviation": "population",
+        "workloads": [_summary_json(summary) for summary in summaries],
+    }
+
+
+def _summary_json(summary: Summary) -> dict[str, Any]:
+    workload = summary.workload
+    return {
+        "name": workload.name,
+        "preset": workload.preset,
+        "metric": workload.metric.key,
+        "higher_is_better": workload.metric.higher_is_better,
+        "initial": summary.initial,
+        "target": summary.target,
+        "optimizers": [
+            {
+                "label": row.optimizer.label,
+                "name": row.optimizer.name,
+                "default": _cell_json(row.default, row.reached_default),
+                "best": _cell_json(row.best, row.reached_best),
+                "best_at_edge": row.best_at_edge,
+                "rates": [_cell_json(cell, None) for cell in row.cells],
+                "regret": _finite(row.regret),
+                "seconds_per_step": row.seconds_per_step,
+                "relative_time": row.relative_time,
+                "optimizer_share": row.optimizer_share,
+                "overhead_share": row.overhead_share,
+                "state_bytes_per_parameter": row.state_per_parameter,
+                "peak_memory_bytes": row.peak_memory,
+            }
+            for row in summary.rows
+        ],
+    }
+
+
+def _cell_json(cell: Cell | None, when: Reached | None) -> dict[str, Any] | None:
+    if cell is None:
+        return None
+    return {
+        "lr": cell.lr,
+        "final": None if cell.final is None else asdict(cell.final),
+        "runs": {s: cell.count(s) for s in ("finished", "diverged", "failed", "unfinished", "missing")},
+        "target": None
+        if when is None
+        else {
+            "reached": len(when.steps),
+            "median_steps": _finite(when.median(when.steps)),
+            "median_seconds": _finite(when.median(when.seconds)),
+        },
+    }
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None

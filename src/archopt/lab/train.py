@@ -1,0 +1,495 @@
+"""One run, one record: builds a workload's model and an optimiser, trains, measures, and keeps it all resumable."""
+
+import copy
+import hashlib
+import math
+import platform
+import statistics
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archopt._version import __version__
+from archopt.lab import measure, seeds
+from archopt.lab.errors import Interrupted, LabError
+from archopt.lab.experiment import Experiment
+from archopt.lab.optimizers import Choice, numbers, state_bytes
+from archopt.lab.record import FORMAT, RunFolder, stored_result
+from archopt.lab.user_files import describe
+
+CHECK_EVERY = 50  # steps between looks at a loss that lives on a device, since a look waits for the device
+CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into checkpoints
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, beside what to run."""
+
+    device: str = "cpu"
+    amp: bool = False
+    """bfloat16 autocast in forward passes."""
+    compile: bool = False
+    clip_norm: float | None = None
+    """Instead of the workload's own."""
+    threads: int | None = None
+    """None: what the process has; a resumed run keeps the number that it began with, and so its bits."""
+    checkpoint_seconds: float = 20.0
+    checkpoint_steps: int | None = None
+    """Also after so many steps."""
+
+
+class Watcher:
+    """Follows a run. The methods do nothing here."""
+
+    def begin(self, step: int, steps: int) -> None:
+        """The run starts at `step` (more than 0 where it resumes) of `steps`."""
+
+    def step(self, step: int, now: float) -> bool:
+        """Called after every step, so it must be quick. True asks the run to stop and keep a checkpoint."""
+        return False
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        """A line was added to the metrics."""
+
+
+def clip_norm(experiment: Experiment, settings: Settings) -> float | None:
+    """The norm that gradients are clipped to in this run."""
+    return experiment.workload.clip_norm if settings.clip_norm is None else settings.clip_norm
+
+
+def run_config(
+    experiment: Experiment, choice: Choice, lr: float | None, seed: int, settings: Settings
+) -> dict[str, Any]:
+    """The content of `config.json`: everything but "environment" is what makes the run this run."""
+    workload = experiment.workload
+    optimizer: dict[str, Any] = {
+        "label": choice.label,
+        "name": choice.entry.name,
+        "lr": lr,
+        "options": choice.resolved(workload.settings),
+    }
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "workload": workload.name,
+        "preset": experiment.preset,
+        "options": experiment.options,
+        "optimizer": optimizer,
+        "seed": seed,
+        "steps": workload.steps,
+        "data": experiment.data,
+        "average": False,
+        "amp": settings.amp,
+        "compile": settings.compile,
+        "clip_norm": clip_norm(experiment, settings),
+    }
+    if experiment.source is not None:
+        config["source"] = experiment.source
+    if choice.entry.source is not None:
+        optimizer["source"] = choice.entry.source
+    return {**config, "environment": environment(experiment.device, settings.threads)}
+
+
+def environment(device: torch.device, threads: int | None) -> dict[str, Any]:
+    """What a run's bits and times may depend on."""
+    return {
+        "archopt": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": threads or torch.get_num_threads(),
+        "cores": measure.cores(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
+
+
+def train(
+    experiment: Experiment,
+    choice: Choice,
+    lr: float | None,
+    seed: int,
+    settings: Settings,
+    path: Path,
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Trains one run to its end in the folder `path` and returns its result; one that has ended is only read.
+
+    An exception in the workload or the optimiser ends the run with status "failed" and is recorded, not raised.
+    Raises LabError where the run cannot be as asked for, RecordError where the record cannot be written, and
+    Interrupted, after a checkpoint, where the watcher asks to stop.
+    """
+    config = run_config(experiment, choice, lr, seed, settings)
+    if (ended := stored_result(path, config)) is not None:
+        return ended
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or threads)
+    try:
+        run = Run(
+            experiment, choice, lr, seed, settings, watcher or Watcher()
+        )  # what it refuses leaves no trace
+        with RunFolder(path, config) as folder:
+            if folder.result is not None:  # another process has been quicker
+                return folder.result
+            state = folder.load_checkpoint()
+            if state is not None and settings.threads is None:
+                torch.set_num_threads(state["threads"])
+            result = run.to_end(folder, state)
+            folder.finish(result)
+            return result
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Means:
+    """Means of the numbers of steps. On a device they are added up there, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type != "cpu"
+        self._sums: dict[str, Any] = {}
+        self._count = 0
+
+    def add(self, told: Mapping[str, Tensor]) -> bool:
+        """Adds the numbers of one step. False where the loss is known not to be finite."""
+        sums = self._sums
+        self._count += 1
+        if self._on_device:
+            for key, value in told.items():
+                sums[key] = sums[key] + value if key in sums else value.double()
+            return True
+        for key, value in told.items():
+            sums[key] = sums.get(key, 0.0) + float(value)
+        try:
+            return math.isfinite(sums["loss"])
+        except KeyError:
+            raise LabError(
+                f"train_step() gives {', '.join(told) or 'nothing'}, but 'loss' is needed"
+            ) from None
+
+    def finite(self) -> bool:
+        """Whether the losses since the last `take` are finite; waits for the device."""
+        return math.isfinite(self._sums.get("loss", 0.0))
+
+    def take(self) -> dict[str, float]:
+        """The means since the last `take`."""
+        means = {key: float(value) / self._count for key, value in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {key: float(value) for key, value in self._sums.items()}, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._count = state["count"]
+        self._sums = dict(state["sums"])
+        if self._on_device:
+            self._sums = {
+                key: torch.tensor(value, dtype=torch.float64, device=device)
+                for key, value in self._sums.items()
+            }
+
+
+class Run:
+    """A run in progress; what a workload's `train_step` sees of it is `archopt.lab.workload.Training`."""
+
+    models: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        choice: Choice,
+        lr: float | None,
+        seed: int,
+        settings: Settings,
+        watcher: Watcher,
+    ) -> None:
+        # A copy, so that what `build` and the steps hang on a workload does not reach the process's next run.
+        self.workload = copy.copy(experiment.workload)
+        self.seed = seed
+        self.clip_norm = clip_norm(experiment, settings)
+        self._choice, self._lr, self._settings = choice, lr, settings
+        self._watcher = watcher
+        self._device = experiment.device
+        self._peak = measure.PeakMemory(self._device)
+        self._clock = measure.clock_for(self._device)
+        self._means = Means(self._device)
+        self._step = 0
+        self._multiplier: float | None = None
+        self._written: dict[str, float] = dict.fromkeys(measure.PHASES, 0.0)
+        self._best: dict[str, Any] | None = None
+        self._final: dict[str, float] = {}
+        self._build()
+
+    # -- what train_step may use ---------------------------------------------------------------------------
+
+    def batch(self, step: int) -> Any:
+        """The workload's batch of a step."""
+        self._clock.enter(measure.OTHER)
+        batch = self.workload.batch(step, self.seed)
+        self._clock.enter(measure.FORWARD_BACKWARD)
+        return batch
+
+    def update(self, name: str, loss: Tensor) -> None:
+        """Backward, clipping, the named model's step; then all gradients are freed."""
+        with self._without_autocast:
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._clock.enter(measure.OPTIMIZER)
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.models[name].parameters(), self.clip_norm)
+            self.optimizers[name].step()
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
+            if self._settings.amp:
+                torch.clear_autocast_cache()  # of the weights as they were before this step
+            self._clock.enter(measure.FORWARD_BACKWARD)
+
+    # -- the run -------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        seeds.seed_all(seeds.mix(self.seed, 0, seeds.BUILD), self._device)
+        built = self.workload.build()
+        self.models = built if isinstance(built, dict) else {"model": built}
+        for name, model in self.models.items():
+            if not isinstance(model, nn.Module):
+                raise LabError(f"{self.workload.name}: build() gave {name} = {model!r}, expected a module")
+            model.to(self._device)
+            if self._settings.compile:
+                model.compile()
+        seeds.seed_all(seeds.mix(self.seed, 0, seeds.OPTIMIZER), self._device)
+        self.optimizers = {
+            name: self._choice.build(model, self._lr, self.workload.settings)
+            for name, model in self.models.items()
+        }
+        self._rates = {
+            name: [group["lr"] for group in optimizer.param_groups] if self._choice.entry.rate else []
+            for name, optimizer in self.optimizers.items()
+        }
+        amp = self._settings.amp
+        kind = self._device.type
+        self._autocast: AbstractContextManager[Any] = (
+            torch.autocast(kind, torch.bfloat16) if amp else nullcontext()
+        )
+        self._without_autocast: AbstractContextManager[Any] = (
+            torch.autocast(kind, enabled=False) if amp else nullcontext()
+        )
+
+    def to_end(self, folder: RunFolder, state: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Trains to the end, from a checkpoint where there is one, and returns the result."""
+        self._folder = folder
+        try:
+            if state is not None:
+                self._load_state(state)
+            self._watcher.begin(self._step, self.workload.steps)
+            if state is None:
+                self._write_line()
+            status = self._loop()
+        except (LabError, Interrupted):
+            raise
+        except Exception as error:  # whatever the workload's or the optimiser's code may raise
+            trace = traceback.format_exc()
+            return {**self._result("failed"), "error": describe(error), "traceback": trace}
+        return self._result(status)
+
+    def _loop(self) -> str:
+        workload, clock, means, watcher = self.workload, self._clock, self._means, self._watcher
+        steps, every = workload.steps, workload.eval_every
+        self._save_at = perf_counter() + self._settings.checkpoint_seconds
+        on_device = self._device.type != "cpu"
+        clock.start()
+        while self._step < steps:
+            step = self._step
+            seeds.seed_all(seeds.mix(self.seed, step, seeds.STEP), self._device)
+            self._schedule(step)
+            with self._autocast:
+                clock.enter(measure.FORWARD_BACKWARD)
+                told = workload.train_step(self, step)
+                clock.enter(measure.OTHER)
+            finite = means.add(told)
+            self._step = step = step + 1
+            if on_device and step % CHECK_EVERY == 0:
+                clock.settle()
+                finite = means.finite()
+            stop = watcher.step(step, perf_counter())
+            now = clock.end_step()
+            if step % every == 0 or step == steps or not finite:
+                finite = self._write_line() and finite
+                clock.start()
+            if not finite:
+                return "diverged"
+            if step < steps and (stop or self._checkpoint_due(step, now)):
+                self._save_checkpoint()
+                clock.start()
+            if stop and step < steps:
+                raise Interrupted(str(self._folder.path))
+        return "finished"
+
+    def _schedule(self, step: int) -> None:
+        if not self._choice.entry.rate:
+            return
+        multiplier = self.workload.schedule(step)
+        if multiplier == self._multiplier:
+            return
+        self._multiplier = multiplier
+        for name, optimizer in self.optimizers.items():
+            for group, rate in zip(optimizer.param_groups, self._rates[name]):
+                group["lr"] = rate * multiplier
+
+    # -- measuring -----------------------------------------------------------------------------------------
+
+    def _write_line(self) -> bool:
+        """Evaluates and adds a line to the metrics. False where that shows that the run has diverged."""
+        means = self._means.take()
+        self._clock.settle()
+        finite = math.isfinite(means.get("loss", 0.0))
+        evaluated = self._evaluate(finite, means)
+        totals = dict(self._clock.totals)
+        line: dict[str, Any] = {"step": self._step, "epoch": self._step / self.workload.steps_per_epoch}
+        if self._step > 0:
+            line["train"] = means
+        line["eval"] = evaluated
+        if self._step > 0:
+            line["optimizer"] = self._optimizer_numbers()
+        rate = None
+        if self._lr is not None:
+            rate = self._lr * self.workload.schedule(max(self._step - 1, 0))
+        line |= {
+            "lr": rate,
+            "seconds": self._clock.seconds,
+            "time": {phase: totals[phase] - self._written[phase] for phase in measure.PHASES},
+        }
+        self._written = totals
+        self._folder.append(line)
+        self._watcher.line(line)
+        self._final = {**evaluated, **{f"train_{key}": value for key, value in means.items()}}
+        if self._step == 0:
+            return True  # initial weights may be bad without anything having diverged
+        metric = self.workload.metric
+        value = evaluated[metric.key]
+        sign = 1 if metric.higher_is_better else -1
+        if math.isfinite(value) and (self._best is None or sign * value > sign * self._best["value"]):
+            self._best = {"value": value, "step": self._step}
+        judged = [number for key, number in evaluated.items() if key == metric.key or key.endswith("loss")]
+        return finite and all(map(math.isfinite, judged))
+
+    def _evaluate(self, finite: bool, means: Mapping[str, float]) -> dict[str, float]:
+        seeds.seed_all(seeds.mix(self.seed, self._step, seeds.EVALUATION), self._device)
+        key = self.workload.metric.key
+        with evaluation_mode(self.models, self.optimizers), torch.no_grad(), self._autocast:
+            try:
+                found = {name: float(value) for name, value in self.workload.evaluate(self.models).items()}
+            except (ValueError, ArithmeticError, RuntimeError):
+                if finite:
+                    raise
+                return {key: math.nan}  # weights that are not finite can be too much for an evaluation
+        if key not in found and (told := key.removeprefix("train_")) in means:
+            found[key] = means[told]  # judged by what `train_step` tells
+        elif key not in found and not (key.startswith("train_") and self._step == 0):
+            names = ", ".join(found) or "nothing"
+            raise LabError(f"{self.workload.name}: evaluate() gives {names}, but the metric is {key!r}")
+        return found
+
+    def _optimizer_numbers(self) -> dict[str, float]:
+        several = len(self.optimizers) > 1
+        return {
+            f"{name}/{key}" if several else key: value
+            for name, optimizer in self.optimizers.items()
+            for key, value in numbers(optimizer).items()
+        }
+
+    def _result(self, status: str) -> dict[str, Any]:
+        self._clock.settle()
+        totals, seconds = self._clock.totals, self._clock.seconds
+        parameters = [p for model in self.models.values() for p in model.parameters()]
+        return {
+            "status": status,
+            "error": None,
+            "step": self._step,
+            "metric": asdict(self.workload.metric),
+            "final": self._final,
+            "best": self._best,
+            "seconds": seconds,
+            "seconds_per_step": statistics.median(self._clock.durations) if self._clock.durations else None,
+            "optimizer_share": totals[measure.OPTIMIZER] / seconds if seconds else None,
+            "overhead_share": totals[measure.OTHER] / seconds if seconds else None,
+            "peak_memory_bytes": self._peak.read(),
+            "optimizer_state_bytes": sum(map(state_bytes, self.optimizers.values())),
+            "parameters": sum(p.numel() for p in parameters),
+            "weights_sha256": weights_sha256(self.models),
+        }
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def _checkpoint_due(self, step: int, now: float) -> bool:
+        every = self._settings.checkpoint_steps
+        return now >= self._save_at or (every is not None and step % every == 0)
+
+    def _save_checkpoint(self) -> None:
+        began = perf_counter()
+        state = {
+            "step": self._step,
+            "threads": torch.get_num_threads(),
+            "models": {name: model.state_dict() for name, model in self.models.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "workload": self.workload.state_dict(),
+            "clock": self._clock.state_dict(),
+            "written": self._written,
+            "means": self._means.state_dict(),
+            "best": self._best,
+            "final": self._final,
+            "peak_memory": self._peak.read(),
+        }
+        self._folder.save_checkpoint(state)
+        took = perf_counter() - began
+        self._save_at = perf_counter() + max(self._settings.checkpoint_seconds, took / CHECKPOINT_SHARE)
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        for name, model in self.models.items():
+            model.load_state_dict(state["models"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.workload.load_state_dict(state["workload"])
+        self._clock.load_state_dict(state["clock"])
+        self._means.load_state_dict(state["means"], self._device)
+        self._step = state["step"]
+        self._written = dict(state["written"])
+        self._best = state["best"]
+        self._final = state["final"]
+        self._peak.before = state["peak_memory"]
+
+
+@contextmanager
+def evaluation_mode(
+    models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> Iterator[None]:
+    """Modules in eval mode, then each as it was; likewise optimisers that keep other weights for evaluation."""
+    modes = [(module, module.training) for model in models.values() for module in model.modules()]
+    switching = [o for o in optimizers.values() if hasattr(o, "eval") and hasattr(o, "train")]
+    for model in models.values():
+        model.eval()
+    for optimizer in switching:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for optimizer in switching:
+            optimizer.train()
+
+
+def weights_sha256(models: Mapping[str, nn.Module]) -> str:
+    """A checksum of all parameters and buffers, to the bit."""
+    digest = hashlib.sha256()
+    for name, model in models.items():
+        for key, tensor in model.state_dict().items():
+            digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(data.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,32 @@
+"""The workloads that come with the laboratory, one file an experiment."""
+
+import importlib
+from collections.abc import Iterator, Mapping
+
+from archopt.lab.workload import Workload
+
+_PLACES = {
+    "digits": "archopt.lab.workloads.digits:Digits",
+    "mnist-mlp100": "archopt.lab.workloads.mnist_mlp100:MnistMLP100",
+    "mnist-cwn": "archopt.lab.workloads.mnist_cwn:MnistCWN",
+}
+
+
+class _Registry(Mapping[str, type[Workload]]):
+    """Name -> class; a workload's file is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> type[Workload]:
+        module, _, attribute = _PLACES[name].partition(":")
+        found: type[Workload] = getattr(importlib.import_module(module), attribute)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PLACES)
+
+    def __len__(self) -> int:
+        return len(_PLACES)
+
+
+def registry() -> Mapping[str, type[Workload]]:
+    """All workloads by name, in the order in which they are listed."""
+    return _Registry()
