@@ -121,6 +121,36 @@ def test_feedback_resumes_bit_equal(way: str, dtype: torch.dtype) -> None:
     assert len({id(state["feedback"]) for state in other.state.values()}) == 1
 
 
+@pytest.mark.parametrize("way", ["load_state_dict", "distributed"])
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_half_grown_rows_resume_bit_equal(way: str, weights_first: bool) -> None:
+    """Rows of a table that started at zero are on their way to RMS 1: construction must not put them there."""
+
+    def make() -> nn.Module:
+        model = build()
+        nn.init.zeros_(model[0].weight)
+        return model
+
+    model, twin = make(), make()
+    optimizer = AutoNero(model)
+    steps(model, optimizer, range(3))
+    assert (model[0].weight.norm(dim=1) < 1).all()
+    if weights_first:
+        twin.load_state_dict(model.state_dict())
+    other = AutoNero(twin)
+    if not weights_first:
+        twin.load_state_dict(model.state_dict())
+    if way == "load_state_dict":
+        other.load_state_dict(through_file(optimizer.state_dict()))
+    else:
+        get_optimizer_state_dict(twin, other)  # the probe
+        set_optimizer_state_dict(twin, other, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
+    assert_same(bits(twin, other), bits(model, optimizer), nothing)
+    steps(model, optimizer, range(3, 6))
+    steps(twin, other, range(3, 6))
+    assert_same(bits(twin, other), bits(model, optimizer), nothing)
+
+
 def test_distributed_checkpoint_on_disk_resumes_bit_equal(tmp_path: Path) -> None:
     model = build()
     optimizer = AutoNero(model)

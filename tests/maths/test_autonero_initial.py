@@ -14,11 +14,6 @@ from archopt import AutoNero
 CLASSES = 5
 
 
-@pytest.fixture(autouse=True)
-def _same_initial_weights() -> None:
-    torch.manual_seed(0)
-
-
 def batch(t: int, size: int = 16) -> tuple[Tensor, Tensor]:
     """Points of the plane-like data x in R^6, with classes that a fixed small network gives."""
     generator = torch.Generator().manual_seed(t)

@@ -23,7 +23,7 @@ C is the fresh gradient along the movement made before it was computed, so c/e n
 changed (the step was far too short), 0 that the step was the best single one. `docs/autonero.md` has the reasons.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -237,6 +237,15 @@ class AutoNero(ArchOptimizer):
 
     state_names = ("step", "exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "feedback")
 
+    _unscaled: Sequence[tuple[Tensor, Tensor]] = ()
+    """Weights that construction scaled, with what they were, until the second step is taken.
+
+    Whoever resumes may load the weights before the optimiser is made. Rows that have left their first radius by
+    then are scaled once more, which is undone when the state arrives: both orders must give the same bits. One
+    step may lie between, the probe of torch.distributed.checkpoint.
+    """
+    _stepped = False
+
     def __init__(
         self,
         params: nn.Module | Iterable[dict[str, Any]],
@@ -354,10 +363,24 @@ class AutoNero(ArchOptimizer):
                 _check_blocks(param, group)
 
     def _constrain_group(self, group: dict[str, Any]) -> None:
-        radius = group["embedding_radius" if group["family"] == "embedding" else "radius"]
         for param in self._trainable(group):
-            if radius != "own" and (dims := _dims(param, group)):
-                scale_rows_(as_rows(param, group["channel_groups"]), dims, rms=radius == "rms")
+            if _first_radius(group) != "own" and _dims(param, group):
+                self._unscaled = [*self._unscaled, (param, param.detach().clone())]
+                _scale_(param, group)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict exactly, as `ArchOptimizer.load_state_dict`, whether weights were loaded before
+        this optimiser was made or after."""
+        super().load_state_dict(state_dict)
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        for param, before in self._unscaled:
+            if param in groups and self.state.get(param):
+                scaled = before.clone()
+                _scale_(scaled, groups[param])
+                if torch.equal(param, scaled):  # nothing has moved or loaded it since
+                    param.copy_(before)
+        self._unscaled = []
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         exact = statistics_like(param)
@@ -418,6 +441,9 @@ class AutoNero(ArchOptimizer):
         held = self._held_feedback()
         if not batches or held is None:
             return
+        if self._stepped:
+            self._unscaled = []
+        self._stepped = True
         home, shared = held.device, self.param_groups[0]
         measures = [self._measure(batch, group) for group, batch in batches]
         norm = torch.linalg.vector_norm(torch.stack([norm.to(home) for norm, _ in measures]))
@@ -511,6 +537,17 @@ def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _pack(feedback: Feedback, dtype: torch.dtype) -> Tensor:
     return torch.stack([value.to(dtype) for value in feedback])
+
+
+def _first_radius(group: Mapping[str, Any]) -> str:
+    radius: str = group["embedding_radius" if group["family"] == "embedding" else "radius"]
+    return radius
+
+
+def _scale_(param: Tensor, group: Mapping[str, Any]) -> None:
+    """Gives rows their first radius, in place."""
+    rows = as_rows(param, group["channel_groups"])
+    scale_rows_(rows, _dims(param, group), rms=_first_radius(group) == "rms")
 
 
 def _rows_of(param: Tensor, state: dict[str, Tensor], channel_groups: int) -> Rows:

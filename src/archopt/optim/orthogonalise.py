@@ -38,9 +38,11 @@ def svd(matrices: Tensor) -> Tensor:
 
     Entries that are not finite count as zero here: LAPACK would raise where a step is about to be discarded.
     """
-    u, s, vh = torch.linalg.svd(torch.nan_to_num(matrices, posinf=0.0, neginf=0.0), full_matrices=False)
-    floor = s[..., :1] * (max(matrices.shape[-2:]) * torch.finfo(s.dtype).eps)
-    polar: Tensor = (u * (s > floor).unsqueeze(-2)) @ vh
+    with torch.autocast(matrices.device.type, enabled=False):
+        finite = torch.nan_to_num(matrices, posinf=0.0, neginf=0.0)
+        u, s, vh = torch.linalg.svd(finite, full_matrices=False)
+        floor = s.narrow(-1, 0, 1) * (max(matrices.shape[-2:]) * torch.finfo(s.dtype).eps)
+        polar: Tensor = (u * (s > floor).unsqueeze(-2)) @ vh
     return polar
 
 
