@@ -1,39 +1,28 @@
-"""AutoNero: every neuron turns by one angle, and the gradients decide how far. This project's own rule.
+"""AutoNero, every neuron turns by one angle that the gradients decide: the optimiser.
 
-For all tensors together, at step t = 1, 2, ... with gradients g:
-
-    N      =  sqrt(sum ||g||^2)
-    g     <-  g * min(1, 2 sqrt(q / (1 - beta2^(t-1))) / N)          (limit; from the second step)
-    q     <-  beta2 q + (1 - beta2) ||g||^2                          (of the limited gradients)
-    C      =  sum <g, d>,   c <- lambda c + (1 - lambda) C,   e <- lambda e + (1 - lambda) G
-    rho    =  clip(c / e, -2, 2)                                     (0 where e <= 0)
-    theta <-  clip(theta exp(kappa (rho + tau / sqrt(1 + t/T))), 1e-6, 1)      (from the second step)
-
-and then for every tensor, with rows w of radius R, averages m of g and v of ||g||^2 (of g^2 in a vector):
-
-    gh     =  m / (1 - beta^t),   s = sqrt(v / (1 - beta2^t))
-    u      =  R U / ||U||,  U the polar factor of gh                 (rows of a hidden matrix)
-    u      =  R gh / s                                               (rows of a head, of an embedding)
-    u      =  gh / s                                                 (entries of a vector)
-    R'     =  R exp(-theta <gh, w> / (2 R s))                        (hidden, head)
-    w'     =  R' (w - theta u) / ||w - theta u||                     (rows; p' = p - theta u for entries)
-    d      =  (w - w') / theta,   G = sum <gh, d>
-
-C is the fresh gradient along the movement made before it was computed, so c/e near 1 says that the slope has not
-changed (the step was far too short), 0 that the step was the best single one. `docs/autonero.md` has the reasons.
+The equations, and the pure functions that are them, stand in `archopt.optim.autonero_rule`; the reasons in
+`docs/autonero.md`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from archopt.neurons import as_rows, fan_in_dims, row_norm
+from archopt.optim.autonero_rule import (
+    GROWN_NORM,
+    THETA_RANGE,
+    Feedback,
+    Rows,
+    feedback_update,
+    rows_update,
+    vector_update,
+)
 from archopt.optim.base import (
     ArchOptimizer,
     Rate,
-    bias_correction,
     check_forms,
     check_range,
     nearest,
@@ -41,15 +30,8 @@ from archopt.optim.base import (
     statistics_like,
     takes_foreach,
 )
-from archopt.optim.matrices import (
-    join,
-    median_of_positive,
-    nonzero,
-    norm_of,
-    part,
-    scale_rows_,
-)
-from archopt.optim.orthogonalise import METHODS, orthogonalise
+from archopt.optim.matrices import join, median_of_positive, part, scale_rows_
+from archopt.optim.orthogonalise import METHODS
 from archopt.roles import Overrides, Role, group_by_treatment, parameter_roles
 
 FAMILIES = ("hidden", "head", "embedding", "vector")
@@ -57,135 +39,7 @@ RADII = ("own", "unit", "rms")
 SHARED = ("feedback_decay", "feedback_gain", "target", "target_steps", "initial_theta", "limit")
 """Options of the one feedback that all groups share: they must agree between groups."""
 
-THETA_RANGE = (1e-6, 1.0)
-RHO_RANGE = (-2.0, 2.0)
-GROWN_NORM = 3**-0.5  # norm of a row as torch.nn.Linear initialises it; where rows that start at zero grow up
 FOREACH_ENTRIES = 2**24  # entries joined at a time in the foreach form: bounds its transient memory
-
-
-class Feedback(NamedTuple):
-    """What the optimiser as a whole remembers, 0-d each, in the order of the state tensor `feedback`."""
-
-    steps: Tensor
-    """t: steps taken. A step that was void, or had zero gradients everywhere, is none."""
-    theta: Tensor
-    rho: Tensor
-    C: Tensor
-    G: Tensor
-    slope: Tensor
-    """c, average of C."""
-    expected: Tensor
-    """e, average of G."""
-    size: Tensor
-    """q, average of the squared norm of the limited gradients."""
-    skipped: Tensor
-    """Steps that were void because something was not finite."""
-
-
-def feedback_update(
-    past: Feedback, norm: Tensor, product: Tensor, moving: Tensor, *, beta2: float, options: Mapping[str, Any]
-) -> tuple[Feedback, Tensor]:
-    """The feedback of one step: returns what is remembered (G is last step's still) and the limiting factor f.
-
-    norm: N. product: <g, d> of the gradients as they are. moving: whether any group has a learning rate other
-    than 0; theta and its averages stand still while none has. All 0-d. The first step has no past: f = 1 and
-    theta as it is.
-    """
-    expected_norm = (past.size / bias_correction(beta2, past.steps)).sqrt()
-    f = torch.where(past.size > 0, (options["limit"] * expected_norm / norm).clamp(max=1.0), 1.0)
-    t = past.steps + 1
-    C = f * product
-    slope = past.slope.lerp(C.to(past.slope), 1 - options["feedback_decay"])
-    expected = past.expected.lerp(past.G, 1 - options["feedback_decay"])
-    rho = torch.where(expected > 0, slope / expected, 0.0).clamp(*RHO_RANGE)
-    target = options["target"] / (1 + t / options["target_steps"]).sqrt()
-    theta = (past.theta * torch.exp(options["feedback_gain"] * (rho + target))).clamp(*THETA_RANGE)
-    learns = moving & (past.steps > 0)
-    return past._replace(
-        steps=t,
-        theta=torch.where(learns, theta, past.theta),
-        rho=torch.where(learns, rho, past.rho),
-        C=C,
-        slope=torch.where(learns, slope, past.slope),
-        expected=torch.where(learns, expected, past.expected),
-        size=beta2 * past.size + (1 - beta2) * (f * norm).square(),
-    ), f
-
-
-class Rows(NamedTuple):
-    """Tensors as rows, `(..., blocks, rows, fan_in)`, and what is kept of each row.
-
-    Vectors are flat, one after another, and have empty `radius` and `grows_to`.
-    """
-
-    weight: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    movement: Tensor
-    radius: Tensor
-    grows_to: Tensor
-    """The norm at which a row that started at zero is grown up; 0 for every other row."""
-
-
-def rows_update(
-    past: Rows,
-    grad: Tensor,
-    step: Tensor,
-    theta: Tensor,
-    lr: Rate,
-    *,
-    beta: float,
-    beta2: float,
-    family: str,
-    method: str,
-) -> tuple[Rows, Tensor]:
-    """One step of the rows of a matrix: returns the new rows and sum <gh, d>.
-
-    A row keeps its bits where lr, its direction or s is zero. A *young* row, which had norm
-    0 at the start, takes plain steps -theta u, with R = 1 in u (sqrt(fan_in) in an embedding), and R follows its
-    norm until that reaches `grows_to`.
-    """
-    w, m, v, _, R, grows_to = past
-    m = m.lerp(grad, 1 - beta)
-    v = v.lerp(norm_of(grad).square(), 1 - beta2)
-    gh = m / bias_correction(beta, step).to(m.dtype)
-    s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
-
-    young = grows_to > 0
-    direction = orthogonalise(gh, method) if family == "hidden" else gh
-    length = norm_of(direction) if family == "hidden" else s
-    angle = theta * lr
-    moves = (length > 0) & (s > 0) & (angle != 0)
-    reach = torch.where(young, w.size(-1) ** 0.5 if family == "embedding" else 1.0, R)
-    stepped = w - angle * reach / nonzero(length) * direction
-    norm = norm_of(stepped)
-    moves = moves & (norm > 0)
-
-    grown = R
-    if family != "embedding":
-        grown = R * torch.exp(-0.5 * angle * (gh * w).sum(-1, keepdim=True) / nonzero(R * s))
-    new_radius = torch.where(moves, torch.where(young, norm, grown), R)
-    turned = torch.where(young, stepped, grown / nonzero(norm) * stepped)
-    new_weight = torch.where(moves, turned, w)
-    d = (w - new_weight) / theta
-    still_growing = torch.where(young & (new_radius >= grows_to), 0.0, grows_to)
-    return Rows(new_weight, m, v, d, new_radius, still_growing), (gh * d).sum()
-
-
-def vector_update(
-    past: Rows, grad: Tensor, step: Tensor, theta: Tensor, lr: Rate, *, beta: float, beta2: float
-) -> tuple[Rows, Tensor]:
-    """One step of a vector, entry by entry: returns its new values and sum <gh, d>."""
-    p, m, v = past.weight, past.exp_avg, past.exp_avg_sq
-    m = m.lerp(grad, 1 - beta)
-    v = v.lerp(grad.square(), 1 - beta2)
-    gh = m / bias_correction(beta, step).to(m.dtype)
-    s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
-    angle = theta * lr
-    moves = (s > 0) & (angle != 0)
-    new = torch.where(moves, p - angle * gh / nonzero(s), p)
-    d = (p - new) / theta
-    return past._replace(weight=new, exp_avg=m, exp_avg_sq=v, movement=d), (gh * d).sum()
 
 
 class AutoNero(ArchOptimizer):
