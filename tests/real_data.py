@@ -11,7 +11,7 @@ from archopt.lab.data import DataFolder, list_sets
 def real_data_path() -> Path:
     """The folder named by ARCHOPT_DATA, else `shared/data` beside the repository."""
     named = os.environ.get("ARCHOPT_DATA")
-    return Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(named).resolve() if named else Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def real_data(name: str) -> DataFolder:

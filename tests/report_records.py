@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,12 @@ def write_run(
 ) -> Path:
     """One run's folder. `status` overrides how it ends; "unfinished" leaves the result out."""
     rng = random.Random(f"{invented.label} {lr} {seed} {workload}")
-    run = folder / invented.label.replace(":", "-") / f"lr={'auto' if lr is None else lr}" / f"seed={seed}"
+    run = (
+        folder
+        / re.sub(r"[^\w.-]", "-", invented.label)
+        / f"lr={'auto' if lr is None else lr}"
+        / f"seed={seed}"
+    )
     distance = 0.0 if lr is None or invented.best_lr is None else math.log10(lr / invented.best_lr)
     penalty = (distance / invented.width) ** 2
     speed = 12.0 / (1.0 + 3.0 * penalty) if distance <= 0 else 10.0 / (1.0 + penalty)

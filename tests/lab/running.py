@@ -1,6 +1,8 @@
 """What tests of the laboratory share: opening the toy workload, running it, reading records without their times."""
 
 import json
+import multiprocessing
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,13 @@ from archopt.lab.train import Settings, Watcher, train
 
 TOY = Path(__file__).parent / "toy.py"
 ONE_THREAD = Settings(threads=1)
+
+
+def forkserver() -> ForkServerContext:
+    """Where tests get processes of their own from that need not import torch first."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["archopt.lab.train"])
+    return context
 
 
 def toy(**options: Any) -> Experiment:

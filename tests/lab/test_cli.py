@@ -124,11 +124,13 @@ def test_a_run_in_the_way_is_refused_and_kept(capsys, folder):
     assert path.read_bytes() == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
-def test_no_permission_is_one_line(capsys, folder):
-    (folder / "locked").mkdir(mode=0o500)
-    assert "no permission to write" in refused(capsys, "train", *TOY_ARGS, "--out", "locked")
-    assert "no permission to write" in refused(capsys, "compare", *TOY_ARGS, "--out", "locked/here")
+@pytest.mark.skipif(
+    not Path("/sys/kernel").is_dir(), reason="needs /sys, where not even root may make folders"
+)
+def test_no_permission_is_one_line(capsys):
+    said = "no permission to write /sys/archopt"
+    assert said in refused(capsys, "train", *TOY_ARGS, "--out", "/sys/archopt")
+    assert said in refused(capsys, "compare", *TOY_ARGS, "--out", "/sys/archopt")
 
 
 def test_a_file_where_a_folder_should_be_is_one_line(capsys, folder):
@@ -257,7 +259,7 @@ def archopt(*args: str, folder: Path) -> subprocess.Popen:
 
 
 def until(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -275,7 +277,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(folder):
         process,
     )
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == STOPPED
     assert said == "archopt: stopped; the same command goes on from here\n"
     (path,) = {p.parent for p in folder.rglob("checkpoint.pt")}
@@ -312,7 +314,7 @@ def slow_comparison(folder: Path) -> subprocess.Popen:
 def test_ctrl_c_stops_a_comparison_that_goes_on(folder):
     process = slow_comparison(folder)
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == STOPPED
     assert said == "archopt: stopped; the same command goes on from here\n"
     assert len(list(folder.rglob("checkpoint.pt"))) == 2
@@ -325,7 +327,7 @@ def test_workers_outlive_a_killed_comparison_only_to_write_their_checkpoints(fol
     process.communicate()
     paths = [path.parent for path in folder.rglob("metrics.jsonl")]
     configs = {path: json.loads((path / "config.json").read_text()) for path in paths}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     free = set()
     while len(free) < 2:
         assert time.monotonic() < deadline, "a worker goes on without a sweep"

@@ -2,7 +2,6 @@
 
 import os
 import resource
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from archopt.lab.errors import RecordError
 from archopt.lab.record import CHECKPOINT, RESULT, RunFolder
 from archopt.lab.train import Settings
-from lab.running import bits, lines, run, toy
+from lab.running import bits, forkserver, lines, run, toy
 
 CONFIG = {"format": 1, "seed": 0}
 
@@ -57,7 +56,7 @@ def limited(limit: int, path: Path, answer) -> None:
 
 @pytest.mark.parametrize("limit", [3_000, 9_000])
 def test_a_run_that_hits_the_end_of_the_disk_says_so_and_goes_on_when_there_is_room(tmp_path: Path, limit):
-    context = get_context("forkserver")
+    context = forkserver()
     ours, theirs = context.Pipe()
     process = context.Process(target=limited, args=(limit, tmp_path / "a", theirs))
     process.start()

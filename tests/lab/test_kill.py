@@ -1,10 +1,10 @@
 """A run that is killed with SIGKILL, again and again, ends with the bits of an undisturbed one."""
 
 import json
-import multiprocessing
 import random
 import signal
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from archopt.lab.experiment import WorkloadChoice
 from archopt.lab.record import CHECKPOINT, RESULT
 from archopt.lab.train import Settings
-from lab.running import ONE_THREAD, TOY, bits
+from lab.running import ONE_THREAD, TOY, bits, forkserver
 from real_data import real_data
 
 KILLS = 10
@@ -32,16 +32,14 @@ def child(
     train(experiment, parse_optimizer(name), lr, 0, settings, path)
 
 
-def start(*args: Any) -> multiprocessing.process.BaseProcess:
-    """A process of its own that need not import torch first: it is forked from a server that has."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["archopt.lab.train"])
-    process = context.Process(target=child, args=args)
+def start(*args: Any) -> ForkServerProcess:
+    """The run, in a process of its own."""
+    process = forkserver().Process(target=child, args=args)
     process.start()
     return process
 
 
-def kill(process: multiprocessing.process.BaseProcess, path: Path, wait: float) -> int:
+def kill(process: ForkServerProcess, path: Path, wait: float) -> int:
     """Kills a run `wait` seconds after its next checkpoint; returns the step of its last one."""
     checkpoint = path / CHECKPOINT
     seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from archopt.lab.errors import LabError
 from archopt.lab.experiment import WorkloadChoice, open_experiment
-from archopt.lab.measure import FORWARD_BACKWARD, OPTIMIZER, OTHER, Clock, PeakMemory
+from archopt.lab.measure import FORWARD_BACKWARD, OPTIMIZER, OTHER, Clock, CudaClock, Means, PeakMemory
 from lab.running import run
 from real_data import real_data
 
@@ -63,3 +64,63 @@ def test_peak_memory_sees_what_was_freed_again_and_forgets_what_was_before():
     assert 60e6 < peak.read() - start < 110e6
     peak.before = 10**12
     assert peak.read() == 10**12
+
+
+def test_a_device_is_timed_by_events_in_its_stream_and_waited_for_only_when_asked(monkeypatch):
+    moments = iter(range(100))
+    waits = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.at = next(moments)
+
+        def elapsed_time(self, end):  # in milliseconds, as CUDA tells it
+            return 1000.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    device = torch.device("cuda", 0)
+    clock = CudaClock(device)
+    clock.start()
+    for step in range(4):
+        clock.enter(FORWARD_BACKWARD)
+        clock.enter(OPTIMIZER)
+        clock.enter(FORWARD_BACKWARD)
+        clock.enter(OTHER)
+        clock.end_step()
+        if step == 1:
+            clock.settle()  # in the middle, as every so many steps
+    assert waits == [device]
+    clock.settle()
+    assert clock.totals == {FORWARD_BACKWARD: 8.0, OPTIMIZER: 4.0, OTHER: 8.0}
+    assert list(clock.durations) == [5.0] * 4
+    next(moments)  # an evaluation
+    clock.start()
+    clock.enter(FORWARD_BACKWARD)
+    clock.end_step()
+    clock.settle()
+    assert clock.totals[FORWARD_BACKWARD] == 9.0
+    assert list(clock.durations)[4:] == [2.0]
+
+
+def test_means_on_a_device_are_those_on_the_cpu():
+    told = [{"loss": torch.tensor(x), "accuracy": torch.tensor(x / 2)} for x in (0.1, 0.2, 0.7)]
+    here, there = Means(torch.device("cpu")), Means(torch.device("cuda"))
+    for numbers in told:
+        assert here.add(numbers)
+        assert there.add(numbers)
+    assert there.finite()
+    resumed = Means(torch.device("cuda"))
+    resumed.load_state_dict(there.state_dict(), torch.device("cpu"))
+    assert here.take() == pytest.approx(there.take())
+    assert resumed.take() == pytest.approx({"loss": 1 / 3, "accuracy": 1 / 6})
+    there.add({"loss": torch.tensor(float("nan"))})
+    assert not there.finite()
+    assert not here.add({"loss": torch.tensor(float("inf"))})
+    here.take()
+    with pytest.raises(LabError, match="'loss' is needed"):
+        here.add({"los": torch.tensor(1.0)})

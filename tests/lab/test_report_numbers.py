@@ -8,7 +8,16 @@ import pytest
 
 from archopt.lab.report import ReportError
 from archopt.lab.report.load import load
-from archopt.lab.report.statistics import Reached, Row, curve, profiles, spread, summarise
+from archopt.lab.report.statistics import (
+    Reached,
+    Row,
+    Summary,
+    curve,
+    parse_target,
+    profiles,
+    spread,
+    summarise,
+)
 from report_records import ACCURACY, LOSS, Invented, write_comparison, write_json, write_run
 
 STEADY = Invented("steady", 0.1, 0.1, 1.0, 1.0)
@@ -34,9 +43,13 @@ def end_with(root: Path, label: str, lr: float | None, values: list[float | None
         path.write_text(json.dumps(result))
 
 
+def row_of(summary: Summary, label: str) -> Row:
+    return next(row for row in summary.rows if row.optimizer.label == label)
+
+
 def row(root: Path, label: str, **options) -> Row:
     (summary,) = summarise(load(root), **options)
-    return next(row for row in summary.rows if row.optimizer.label == label)
+    return row_of(summary, label)
 
 
 # -- the records -------------------------------------------------------------------------------------------------
@@ -85,6 +98,33 @@ def test_runs_of_other_seeds_and_optimisers_are_set_apart(tmp_path: Path):
     assert sorted((run.optimizer, run.seed) for run in workload.extra) == [("steady", 7), ("wild", 0)]
 
 
+def test_runs_of_an_earlier_comparison_at_other_rates_are_set_apart(tmp_path: Path):
+    compared(tmp_path, STEADY, lrs=(0.01, 0.1, 1.0))
+    path = tmp_path / "comparison.json"
+    record = json.loads(path.read_text())
+    record["optimizers"][0]["lrs"] = {"digits": [0.01, 0.1]}
+    path.write_text(json.dumps(record))
+    assert [cell.lr for cell in row(tmp_path, "steady").cells] == [0.01, 0.1]
+    assert {run.lr for run in load(tmp_path).workloads[0].extra} == {1.0}
+
+
+def test_runs_trained_one_by_one_are_reported_without_defaults_or_missing_ones(tmp_path: Path):
+    for seed in (0, 1):
+        write_run(tmp_path / "digits-small", STEADY, 0.1, seed)
+    write_run(tmp_path / "digits-small", FREE, None, 0)
+    write_run(tmp_path / "words-small", STEADY, 0.1, 0, workload="words", metric=LOSS)
+    (tmp_path / "figures").mkdir()
+    digits, words = summarise(load(tmp_path))
+    assert (digits.workload.title, words.workload.title) == ("digits (small)", "words (small)")
+    assert {(row.optimizer.label, len(row.runs), row.count("missing")) for row in digits.rows} == {
+        ("steady", 2, 0),
+        ("free", 1, 0),
+    }
+    steady = row_of(digits, "steady")
+    assert (steady.default, steady.regret) == (None, None)
+    assert [row.optimizer.label for row in words.rows] == ["steady"]
+
+
 def test_the_last_line_of_the_metrics_may_be_torn(tmp_path: Path):
     compared(tmp_path, STEADY)
     path = tmp_path / "digits-small/steady/lr=0.1/seed=0/metrics.jsonl"
@@ -128,13 +168,13 @@ def test_the_same_run_in_two_folders_is_refused(tmp_path: Path):
         load(tmp_path)
 
 
-def test_a_folder_without_a_comparison_or_without_runs_is_refused(tmp_path: Path):
+def test_a_folder_without_runs_is_refused(tmp_path: Path):
     with pytest.raises(ReportError, match="nowhere: no such folder"):
         load(tmp_path / "nowhere")
-    with pytest.raises(ReportError, match=r"no comparison\.json in it"):
+    with pytest.raises(ReportError, match="no runs in it; expected the --out of"):
         load(tmp_path)
     compared(tmp_path, seeds=())
-    with pytest.raises(ReportError, match="no runs in it; run `archopt compare digits"):
+    with pytest.raises(ReportError, match="no runs in it; expected the --out of"):
         load(tmp_path)
 
 
@@ -279,6 +319,14 @@ def test_a_run_that_diverged_after_the_target_did_not_reach_it_and_a_missing_one
         file.unlink()
     when = row(tmp_path, "steady", target=0.5).reached_best
     assert when == Reached((10.0,), (1.0,), 2)
+
+
+def test_a_target_is_one_number_or_one_for_each_workload():
+    assert parse_target("0.95") == 0.95
+    assert parse_target("digits=0.95, words=1.2") == {"digits": 0.95, "words": 1.2}
+    for words in ("soon", "digits=soon", "digits=1=2"):
+        with pytest.raises(ReportError, match="expected a value of the metric"):
+            parse_target(words)
 
 
 def test_a_target_for_a_workload_that_is_not_there_is_refused(tmp_path: Path):

@@ -4,6 +4,8 @@ import itertools
 import math
 from pathlib import Path
 
+import altair as alt
+import jsonschema
 import pytest
 import vl_convert
 from hypothesis import assume, given
@@ -15,7 +17,7 @@ from archopt.lab.report.panels import Figure
 from archopt.lab.report.render import vega_lite_version
 from archopt.lab.report.statistics import Summary, summarise
 from archopt.lab.report.style import KNOWN, choose_axis, linear_ticks, log_ticks, spread_labels, styles
-from report_records import ACCURACY, LOSS, Invented, write_comparison
+from report_records import ACCURACY, LOSS, Invented, write_comparison, write_run
 
 NERO = Invented("nero", 0.01, 0.01, 1.0, 1.0)
 FREE = Invented("agd", None, None, 1.2, 1.0)
@@ -178,7 +180,16 @@ def test_every_label_gets_one_style_that_does_not_depend_on_its_neighbours():
 # -- pictures --------------------------------------------------------------------------------------------
 
 
-def test_every_picture_is_valid_vega_lite(made: list[list[Figure]]):
+def test_every_panel_holds_to_the_schema_of_vega_lite(made: list[list[Figure]]):
+    for figure in made[0] + made[-1]:
+        for spec in figure.page_specs():
+            assert alt.LayerChart.from_dict({key: value for key, value in spec.items() if key != "datasets"})
+    broken = {**spec, "layer": [{**spec["layer"][0], "mark": "blot"}]}
+    with pytest.raises(jsonschema.ValidationError):
+        alt.LayerChart.from_dict(broken)
+
+
+def test_every_picture_can_be_drawn(made: list[list[Figure]]):
     for figure in made[0] + made[-1]:
         for spec in [*figure.page_specs(), figure.file_spec("a note")]:
             assert vl_convert.vegalite_to_vega(spec, vl_version=vega_lite_version())["marks"]
@@ -202,16 +213,15 @@ def test_diverged_runs_are_drawn_with_their_end(tmp_path: Path):
     wild = Invented("sgd", 0.1, 0.1, 1.0, 1.0, diverges_above=1e-9)
     write_comparison(tmp_path, optimizers=(NERO, wild), lrs=(0.1,), seeds=(0, 1))
     (found,) = summarise(load(tmp_path))
-    rows = rows_of(learning_curves(found, looks(found), best=False))
+    rows = rows_of(learning_curves(found, looks(found), best=True))
     assert {row["run"] for row in rows if "run" in row and "status" not in row} >= {
         "sgd 0.1, seed 0: diverged",
         "sgd 0.1, seed 1: diverged",
     }
     assert "sgd 0.1 ×" in {row.get("label") for row in rows}
-    crosses = [
-        row for row in rows_of(sensitivity(found, looks(found))) if "2/2 diverged" in str(row.get("final"))
-    ]
-    assert [row["optimiser"] for row in crosses] == ["sgd"]
+    rows = rows_of(sensitivity(found, looks(found)))
+    crosses = [row for row in rows if "2/2 diverged" in str(row.get("final")) and row["y"]]
+    assert {row["optimiser"] for row in crosses} == {"sgd"}
 
 
 def test_the_sensitivity_marks_the_default_and_draws_rules_without_a_rate_level(summary: Summary):
@@ -223,6 +233,16 @@ def test_the_sensitivity_marks_the_default_and_draws_rules_without_a_rate_level(
     (level,) = [row for row in rows if row.get("optimiser") == "agd" and "final" in row]
     assert level["x"] is None
     assert level["low"] != level["high"]
+
+
+def test_the_sensitivity_draws_no_line_across_a_rate_at_which_no_run_finished(tmp_path: Path):
+    write_comparison(tmp_path, optimizers=(NERO,), lrs=(0.001, 0.01, 0.1), seeds=(0, 1))
+    for seed in (0, 1):
+        write_run(tmp_path / "digits-small", NERO, 0.01, seed, status="diverged")
+    (found,) = summarise(load(tmp_path))
+    rows = rows_of(sensitivity(found, looks(found)))
+    line = {row["x"]: row["y"] for row in rows if "low" in row}
+    assert [lr for lr, y in line.items() if y is None] == [0.01]
 
 
 def test_bars_to_the_target_show_every_setting_even_if_it_never_got_there(summary: Summary):
@@ -243,7 +263,7 @@ def test_a_lower_is_better_metric_is_drawn_with_its_worse_end_on_top(tmp_path: P
     figure = sensitivity(found, looks(found))
     assert figure is not None
     (spec,) = figure.page_specs()
-    cross = next(row for row in rows_of(figure) if "diverged" in str(row.get("final")))
+    cross = next(row for row in rows_of(figure) if "diverged" in str(row.get("final")) and row["y"])
     scales = [layer["encoding"]["y"].get("scale", {}) for layer in spec["layer"] if "y" in layer["encoding"]]
     low, high = next(scale["domain"] for scale in scales if "domain" in scale)
     assert cross["y"] > math.sqrt(low * high)

@@ -10,7 +10,8 @@ import pytest
 from archopt.lab.errors import LabError, RecordError
 from archopt.lab.experiment import WorkloadChoice
 from archopt.lab.optimizers import parse_optimizer
-from archopt.lab.sweep import Plan, parse_device, plan_runs, rates, show_metric, sweep
+from archopt.lab.plan import Plan, parse_device, plan_runs, rates, show_metric
+from archopt.lab.sweep import sweep
 from archopt.lab.train import Settings
 from lab.running import ONE_THREAD, TOY, bits, run, toy
 

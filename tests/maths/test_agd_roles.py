@@ -314,6 +314,26 @@ def test_a_bias_free_module_and_its_parameters_give_the_same_steps() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
 
 
+def test_a_weight_of_fan_in_1_is_a_gain_unless_an_override_says_matrix() -> None:
+    twins = [nn.Sequential(nn.Linear(1, 4, bias=False), nn.Linear(4, 3, bias=False)) for _ in range(3)]
+    grads = [torch.randn_like(param) for param in twins[0].parameters()]
+    for model in twins[1:]:
+        model.load_state_dict(twins[0].state_dict())
+    by_role, overridden = AGD(twins[0]), AGD(twins[1], roles={r"0\.weight": "matrix"})
+    published = AGD(twins[2].parameters())
+    for model in twins:
+        for param, grad in zip(model.parameters(), grads, strict=True):
+            param.grad = grad
+    for optimizer in (by_role, overridden, published):
+        optimizer.step()
+    torch.testing.assert_close(overridden.eta, published.eta)
+    for a, b in zip(twins[1].parameters(), twins[2].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    moved = (twins[0][0].weight - twins[2][0].weight).detach()
+    assert moved.abs().max() > 1e-3
+    assert by_role.param_groups[0]["norm"] == "max"
+
+
 def test_construction_keeps_initial_weights_and_makes_plain_groups() -> None:
     model = Zoo()
     before = [param.detach().clone() for param in model.parameters()]

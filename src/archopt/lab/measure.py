@@ -1,5 +1,6 @@
-"""Where the time and the memory of a run go."""
+"""Measures a run while it trains: means of its numbers, where its time goes, the memory it needs."""
 
+import math
 import os
 import sys
 from array import array
@@ -10,6 +11,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from archopt.lab.errors import LabError
 
 FORWARD_BACKWARD, OPTIMIZER, OTHER = "forward_backward", "optimizer", "other"
 PHASES = (FORWARD_BACKWARD, OPTIMIZER, OTHER)
@@ -104,6 +108,54 @@ class CudaClock(Clock):
 
 def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else Clock()
+
+
+class Means:
+    """Means of the numbers of steps. On a device they are added up there, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type != "cpu"
+        self._sums: dict[str, Any] = {}
+        self._count = 0
+
+    def add(self, told: Mapping[str, Tensor]) -> bool:
+        """Adds the numbers of one step. False where the loss is known not to be finite."""
+        sums = self._sums
+        self._count += 1
+        if self._on_device:
+            for key, value in told.items():
+                sums[key] = sums[key] + value if key in sums else value.double()
+            return True
+        for key, value in told.items():
+            sums[key] = sums.get(key, 0.0) + float(value)
+        try:
+            return math.isfinite(sums["loss"])
+        except KeyError:
+            raise LabError(
+                f"train_step() gives {', '.join(told) or 'nothing'}, but 'loss' is needed"
+            ) from None
+
+    def finite(self) -> bool:
+        """Whether the losses since the last `take` are finite; waits for the device."""
+        return math.isfinite(self._sums.get("loss", 0.0))
+
+    def take(self) -> dict[str, float]:
+        """The means since the last `take`."""
+        means = {key: float(value) / self._count for key, value in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {key: float(value) for key, value in self._sums.items()}, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._count = state["count"]
+        self._sums = dict(state["sums"])
+        if self._on_device:
+            self._sums = {
+                key: torch.tensor(value, dtype=torch.float64, device=device)
+                for key, value in self._sums.items()
+            }
 
 
 class PeakMemory:

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from archopt.lab.sweep import RunSpec, show_metric
+from archopt.lab.plan import RunSpec, show_metric
 from archopt.lab.train import Watcher
 
 _COLORS = {"finished": "green", "diverged": "yellow", "failed": "red"}

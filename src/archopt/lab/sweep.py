@@ -1,20 +1,18 @@
-"""Many runs: workloads x optimisers x learning rates x seeds, in worker processes, each run one record.
+"""Many runs in worker processes, each run one record.
 
 Workers are spawned once and take run after run, so that torch is imported and data is read once in each. A worker
 that dies costs its run, which is marked as failed, and a new one takes its place. Runs that have ended are skipped,
 so the same command goes on where it stopped.
 """
 
-import math
 import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
@@ -22,63 +20,16 @@ import torch
 
 from archopt.lab.data import DataError
 from archopt.lab.errors import Interrupted, LabError, RecordError
-from archopt.lab.experiment import Experiment, WorkloadChoice, open_experiment
+from archopt.lab.experiment import Experiment, open_experiment
 from archopt.lab.measure import cores
-from archopt.lab.optimizers import Choice, check_lr, parse_optimizer
-from archopt.lab.record import (
-    COMPARISON,
-    FORMAT,
-    RunFolder,
-    explained,
-    run_path,
-    stored_result,
-    write_json,
-)
-from archopt.lab.train import Settings, Watcher, run_config, train
+from archopt.lab.optimizers import parse_optimizer
+from archopt.lab.plan import Plan, RunSpec, parse_device, plan_runs, show_metric
+from archopt.lab.record import RunFolder, stored_result
+from archopt.lab.train import Watcher, train
 from archopt.lab.user_files import describe
-
-Rates = str | Sequence[float]
-"""`grid`, `published`, `default`, or numbers."""
 
 REPORT_EVERY = 0.1  # seconds between a worker's words on its progress
 GRACE = 30.0  # seconds that workers have to write a checkpoint when asked to stop
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A comparison as asked for."""
-
-    workloads: Sequence[WorkloadChoice]
-    optimizers: Sequence[str]
-    lrs: Rates
-    seeds: Sequence[int]
-    out: Path
-    data: Path | None = None
-    settings: Settings = field(default_factory=Settings)
-    jobs: int | None = None
-    command: str = ""
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """One run, as a worker receives it."""
-
-    workload: WorkloadChoice
-    optimizer: str
-    lr: float | None
-    seed: int
-    path: Path
-    data: Path | None
-    settings: Settings
-    steps: int
-    config: Mapping[str, Any]
-    metric: Mapping[str, Any]
-
-    @property
-    def title(self) -> str:
-        """How messages call it."""
-        rate = "" if self.lr is None else f" lr={self.lr:g}"
-        return f"{self.config['workload']} {self.config['optimizer']['label']}{rate} seed {self.seed}"
 
 
 class Follower(Protocol):
@@ -103,169 +54,6 @@ class Outcome:
     failed: int = 0
     skipped: int = 0
     errors: list[str] = field(default_factory=list)
-
-
-# -- what there is to run ----------------------------------------------------------------------------------
-
-
-def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[float | None]:
-    """The learning rates at which an optimiser is run on a workload.
-
-    A rule without a rate is run once, one with its rate in the brackets at that rate. The default is tried in every
-    grid, so that it can be compared with the best. Raises LabError where no rate is known.
-    """
-    if not choice.entry.rate:
-        return [None]
-    if choice.fixed_lr is not None:
-        return [choice.fixed_lr]
-    default = choice.default_lr
-    if asked == "published" and (lr := choice.published_lr(experiment.workload.settings)) is not None:
-        return [lr]
-    if asked in ("published", "default"):
-        if default is None:
-            name = choice.entry.name
-            raise LabError(
-                f"{name} has no default learning rate; give one: '{name}(lr=...)' or --lrs 0.01,0.1"
-            )
-        return [default]
-    grid = experiment.workload.lrs if asked == "grid" else [check_lr(choice.entry, lr) for lr in asked]
-    tried = {float(lr) for lr in grid if isinstance(lr, int | float)}
-    return sorted(tried if default is None else tried | {default})
-
-
-def check_choice(experiment: Experiment, choice: Choice, lrs: Sequence[float | None]) -> str | None:
-    """Why an optimiser cannot train a workload at these rates, or None. It is built, on a model of its own."""
-    built = experiment.workload.build()
-    try:
-        for model in built.values() if isinstance(built, dict) else [built]:
-            for lr in {lrs[0], lrs[-1]}:
-                choice.build(model, lr, experiment.workload.settings)
-    except LabError as error:
-        return str(error)
-    return None
-
-
-def plan_runs(plan: Plan) -> list[RunSpec]:
-    """All runs of a comparison, seed by seed, and its `comparison.json`.
-
-    Raises LabError for bad input, for an optimiser that can train none of the workloads, and for a folder that
-    holds a different run; DataError where data is missing.
-    """
-    choices = _distinct("optimiser", [parse_optimizer(text) for text in plan.optimizers])
-    device = parse_device(plan.settings.device)
-    specs: list[RunSpec] = []
-    workloads: list[dict[str, Any]] = []
-    optimizers = {choice.label: _describe_optimizer(choice) for choice in choices}
-    refused: dict[str, list[str]] = {choice.label: [] for choice in choices}
-    for workload in plan.workloads:
-        experiment = open_experiment(workload, plan.data, torch.device("cpu"))
-        if any(known["folder"] == experiment.folder for known in workloads):
-            raise LabError(f"workload {workload.name!r} is given twice; name each once")
-        workloads.append(_describe(experiment))
-        name, settings = experiment.workload.name, experiment.workload.settings
-        for choice in choices:
-            lrs = rates(plan.lrs, choice, experiment)
-            if reason := check_choice(experiment, choice, lrs):
-                refused[choice.label].append(reason)
-            told = optimizers[choice.label]
-            told["lrs"][name] = [lr for lr in lrs if lr is not None]
-            if (lr := choice.published_lr(settings)) is not None:
-                told["published_lr"][name] = lr
-            specs += _specs(plan, workload, experiment, choice, lrs, device)
-    for reasons in refused.values():
-        if len(reasons) == len(plan.workloads):
-            raise LabError(reasons[0])
-    for spec in specs:
-        stored_result(spec.path, spec.config)  # refuses a folder that holds a different run
-    _write_comparison(plan, workloads, optimizers)
-    return sorted(specs, key=lambda spec: plan.seeds.index(spec.seed))
-
-
-def _distinct(what: str, choices: list[Choice]) -> list[Choice]:
-    labels = [choice.label for choice in choices]
-    if repeated := [label for label in labels if labels.count(label) > 1]:
-        raise LabError(f"{what} {repeated[0]!r} is given twice; name each once")
-    return choices
-
-
-def _specs(
-    plan: Plan,
-    workload: WorkloadChoice,
-    experiment: Experiment,
-    choice: Choice,
-    lrs: Sequence[float | None],
-    device: torch.device,
-) -> Iterator[RunSpec]:
-    placed = replace(experiment, device=device)
-    for seed in plan.seeds:
-        for lr in lrs:
-            yield RunSpec(
-                workload=workload,
-                optimizer=choice.label,
-                lr=lr,
-                seed=seed,
-                path=run_path(plan.out, experiment.folder, choice.label, lr, seed),
-                data=plan.data,
-                settings=plan.settings,
-                steps=experiment.workload.steps,
-                config=run_config(placed, choice, lr, seed, plan.settings),
-                metric=asdict(experiment.workload.metric),
-            )
-
-
-def _describe_optimizer(choice: Choice) -> dict[str, Any]:
-    return {
-        "label": choice.label,
-        "name": choice.entry.name,
-        "default_lr": choice.default_lr,
-        "rate": choice.entry.rate,
-        "published_lr": {},
-        "lrs": {},
-    }
-
-
-def _describe(experiment: Experiment) -> dict[str, Any]:
-    workload = experiment.workload
-    return {
-        "name": workload.name,
-        "preset": experiment.preset,
-        "folder": experiment.folder,
-        "summary": workload.summary,
-        "metric": asdict(workload.metric),
-        "options": experiment.options,
-    }
-
-
-def _write_comparison(
-    plan: Plan, workloads: list[dict[str, Any]], optimizers: Mapping[str, dict[str, Any]]
-) -> None:
-    """Writes `comparison.json`: what this command asks for, whatever else the folder holds."""
-    with explained(plan.out):
-        plan.out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "format": FORMAT,
-        "command": plan.command,
-        "workloads": workloads,
-        "optimizers": list(optimizers.values()),
-        "lrs": plan.lrs,
-        "seeds": list(plan.seeds),
-    }
-    write_json(plan.out / COMPARISON, content)
-
-
-def parse_device(text: str) -> torch.device:
-    """The device of this name. Raises LabError where it cannot be used."""
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise LabError(f"no device {text!r}; expected cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise LabError(f"device {text!r} is not supported; expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise LabError(
-            f"device {text!r}: torch sees {torch.cuda.device_count()} CUDA devices; try --device cpu"
-        )
-    return device
 
 
 # -- a worker ----------------------------------------------------------------------------------------------
@@ -518,12 +306,3 @@ def _record_failure(spec: RunSpec, message: str) -> None:
                 {"status": "failed", "error": message, "step": None, "metric": spec.metric, "final": {}}
                 | dict.fromkeys(nothing)
             )
-
-
-def show_metric(metric: Mapping[str, Any], value: float | None) -> str:
-    """A metric in words: `test accuracy 97.2 %`."""
-    if value is None or not math.isfinite(value):
-        return f"{metric['name']} not finite"
-    if metric["unit"] == "%":
-        return f"{metric['name']} {100 * value:.2f} %"
-    return f"{metric['name']} {value:.4g}{' ' + metric['unit'] if metric['unit'] else ''}"

@@ -147,54 +147,6 @@ def train(
         torch.set_num_threads(threads)
 
 
-class Means:
-    """Means of the numbers of steps. On a device they are added up there, without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_device = device.type != "cpu"
-        self._sums: dict[str, Any] = {}
-        self._count = 0
-
-    def add(self, told: Mapping[str, Tensor]) -> bool:
-        """Adds the numbers of one step. False where the loss is known not to be finite."""
-        sums = self._sums
-        self._count += 1
-        if self._on_device:
-            for key, value in told.items():
-                sums[key] = sums[key] + value if key in sums else value.double()
-            return True
-        for key, value in told.items():
-            sums[key] = sums.get(key, 0.0) + float(value)
-        try:
-            return math.isfinite(sums["loss"])
-        except KeyError:
-            raise LabError(
-                f"train_step() gives {', '.join(told) or 'nothing'}, but 'loss' is needed"
-            ) from None
-
-    def finite(self) -> bool:
-        """Whether the losses since the last `take` are finite; waits for the device."""
-        return math.isfinite(self._sums.get("loss", 0.0))
-
-    def take(self) -> dict[str, float]:
-        """The means since the last `take`."""
-        means = {key: float(value) / self._count for key, value in self._sums.items()}
-        self._sums, self._count = {}, 0
-        return means
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": {key: float(value) for key, value in self._sums.items()}, "count": self._count}
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self._count = state["count"]
-        self._sums = dict(state["sums"])
-        if self._on_device:
-            self._sums = {
-                key: torch.tensor(value, dtype=torch.float64, device=device)
-                for key, value in self._sums.items()
-            }
-
-
 class Run:
     """A run in progress; what a workload's `train_step` sees of it is `archopt.lab.workload.Training`."""
 
@@ -219,7 +171,7 @@ class Run:
         self._device = experiment.device
         self._peak = measure.PeakMemory(self._device)
         self._clock = measure.clock_for(self._device)
-        self._means = Means(self._device)
+        self._means = measure.Means(self._device)
         self._step = 0
         self._multiplier: float | None = None
         self._written: dict[str, float] = dict.fromkeys(measure.PHASES, 0.0)

@@ -353,4 +353,4 @@ def takes_foreach(group: dict[str, Any]) -> bool:
 
 
 def warn_assumption(message: str) -> None:
-    warnings.warn(message, ArchoptWarning, stacklevel=4)
+    warnings.warn(message, ArchoptWarning, stacklevel=5)  # the line that built the optimiser

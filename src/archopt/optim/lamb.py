@@ -88,7 +88,10 @@ def _trust(
     """The clamped norm of the weights, that of the direction, and their ratio (1 where either is 0)."""
     if max_weight_norm is not None:
         weight_norm = weight_norm.clamp_max(max_weight_norm)
-    ratio = torch.where((weight_norm > 0) & (u_norm > 0), weight_norm / u_norm, 1.0)
+    ratio = weight_norm / u_norm
+    ratio = torch.where(
+        (ratio > 0) & torch.isfinite(ratio), ratio, 1.0
+    )  # 1 where either norm is 0, or as good as
     return weight_norm, u_norm, ratio
 
 
@@ -264,7 +267,10 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     firsts, seconds = ms, vs
     if group["bias_correction"]:
         steps = torch.stack([state["step"] for state in states])
-        corrections = [correction_of(beta, steps).to(peak.device, exact).unbind() for beta in (beta1, beta2)]
+        corrections = [
+            correction_of(beta, steps).to(peak.device, exact, non_blocking=True).unbind()
+            for beta in (beta1, beta2)
+        ]
         firsts = list(torch._foreach_div(ms, corrections[0]))
         seconds = list(torch._foreach_div(vs, corrections[1]))
     denominators = list(torch._foreach_sqrt(seconds))

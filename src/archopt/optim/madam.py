@@ -252,7 +252,7 @@ def _foreach_bucket(params: list[Tensor], states: list[dict[str, Tensor]], group
     for direction in directions:
         direction.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     corrections = bias_correction(beta, torch.stack([state["step"] for state in states])).sqrt()
-    torch._foreach_mul_(directions, corrections.to(finite.device, exact).unbind())
+    torch._foreach_mul_(directions, corrections.to(finite.device, exact, non_blocking=True).unbind())
     torch._foreach_clamp_min_(directions, -group["g_bound"])
     torch._foreach_clamp_max_(directions, group["g_bound"])
     moving = [_moves(direction) & (lr != 0) for direction in directions]

@@ -102,7 +102,7 @@ def tiny_and_huge_gradients_stay_finite(make: Any, *, size: tuple[torch.dtype, f
         for name, param in model.named_parameters():
             moved = (param.detach().double() - before[name].double()).norm()
             assert torch.isfinite(param).all(), f"{name} is not finite"
-            assert moved <= 100 * (1 + before[name].double().norm()), f"{name} leapt by {moved.item():.3g}"
+            assert moved <= 1000 * (1 + before[name].double().norm()), f"{name} leapt by {moved.item():.3g}"
 
 
 def _unlike_layouts(make: Any) -> dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]:

@@ -5,6 +5,7 @@ page = write_report(Path("runs/demo"))
 """
 
 from archopt.lab.report.load import ReportError
+from archopt.lab.report.statistics import parse_target
 from archopt.lab.report.write import print_table, write_report
 
-__all__ = ["ReportError", "print_table", "write_report"]
+__all__ = ["ReportError", "parse_target", "print_table", "write_report"]

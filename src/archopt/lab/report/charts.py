@@ -67,13 +67,13 @@ def figures(summaries: Sequence[Summary], styles: Styles) -> list[list[Figure]]:
 
 def learning_curves(summary: Summary, styles: Styles, *, best: bool) -> Figure | None:
     """Metric and training loss over steps and over seconds, each optimiser at its best rate or at its default."""
-    if not best and all(row.default is row.best for row in summary.rows if row.default):
+    if not best and all(row.default is row.leading for row in summary.rows if row.default):
         return None  # it would be the picture at the best rates again
     metric = summary.workload.metric
     cells = {
         row.optimizer.label: cell
         for row in summary.rows
-        if (cell := row.best if best else row.default) is not None
+        if (cell := row.leading if best else row.default) is not None
     }
     runs = [run for cell in cells.values() for run in cell.runs]
     measured = _numbers(runs, value := _metric_value(metric.key))
@@ -223,6 +223,8 @@ def sensitivity(summary: Summary, styles: Styles) -> Figure | None:
                 "setting": text.setting(label, cell.lr),
                 "final": text.final(cell),
             }
+            if cell.final is None and cell.lr is not None:
+                points.append({**entry, "y": None, "low": None, "high": None})  # breaks the line
             if cell.final is not None:
                 heights = {"y": cell.final.mean, "low": cell.final.low, "high": cell.final.high}
                 plotted = {key: axis.plotted(plain.clamp(value)) for key, value in heights.items()}
@@ -246,8 +248,8 @@ def sensitivity(summary: Summary, styles: Styles) -> Figure | None:
         subject=summary.workload.title,
         title=f"final {metric.name} against the learning rate",
         caption="Mean and range over the seeds that finished; a ring marks the default rate; level lines are rules "
-        "without a rate; × marks rates at which a run diverged or failed, and a hollow marker there is the mean of "
-        "the other seeds." + (SPACED if axis.kind == "error" else ""),
+        "without a rate; × marks rates at which a run diverged or failed; hollow markers are means without the "
+        "seeds that did not finish." + (SPACED if axis.kind == "error" else ""),
         panels=(panel,),
     )
 
@@ -268,19 +270,22 @@ def _draw_sensitivity(
     y, low = vertical(axis), vertical(axis, "low")
     tips = [alt.Tooltip("setting:N"), alt.Tooltip("final:N")]
     level, line = panel.of(levels), panel.of(points)
+    drawn = [row for row in points if row["y"] is not None]
+    seen = {(row["optimiser"], row["x"]) for row in drawn}
+    alone = [row for row in crosses if (row["optimiser"], row["x"]) not in seen]
     marked = {"x": x, "y": y, "color": panel.color, "tooltip": tips}
     panel.add(
         level.mark_rect(fillOpacity=0.12).encode(y=low, y2="high:Q", fill=panel.fill),
         line.mark_area(fillOpacity=0.12).encode(x=x, y=low, y2="high:Q", fill=panel.fill),
         level.mark_rule(strokeWidth=2).encode(y=y, color=panel.color, strokeDash=panel.dash, tooltip=tips),
         line.mark_line(strokeWidth=2).encode(x=x, y=y, color=panel.color, strokeDash=panel.dash),
-        panel.of(row for row in points if row["default"])
+        panel.of(row for row in [*drawn, *alone] if row["default"])
         .mark_point(shape="circle", size=190, strokeWidth=1.5, opacity=1)
         .encode(x=x, y=y, color=panel.color),
-        panel.of(row for row in points if row["complete"])
+        panel.of(row for row in drawn if row["complete"])
         .mark_point(size=45, opacity=1)
         .encode(**marked, fill=panel.fill, shape=panel.shape),
-        panel.of(row for row in points if not row["complete"])
+        panel.of(row for row in drawn if not row["complete"])
         .mark_point(size=45, opacity=1)
         .encode(**marked, shape=panel.shape),
         panel.of(crosses).mark_point(shape=CROSS, size=32, strokeWidth=2, opacity=1).encode(**marked),
@@ -329,10 +334,10 @@ def time_to_target(summary: Summary, styles: Styles) -> Figure | None:
 def _settings(row: Row) -> list[tuple[str, Cell, Reached]]:
     """The settings of an optimiser worth a bar: its best rate and its default, once where they are the same."""
     both: list[tuple[str, Cell | None, Reached | None]]
-    if row.best is not None and row.best is row.default:
-        both = [("" if row.best.lr is None else " (best, default)", row.best, row.reached_best)]
+    if row.leading is row.default:
+        both = [("" if row.leading.lr is None else " (best, default)", row.leading, row.reached_best)]
     else:
-        both = [(" (best)", row.best, row.reached_best), (" (default)", row.default, row.reached_default)]
+        both = [(" (best)", row.leading, row.reached_best), (" (default)", row.default, row.reached_default)]
     return [(note, cell, when) for note, cell, when in both if cell is not None and when is not None]
 
 
@@ -346,7 +351,7 @@ def _target_bar(row: Row, cell: Cell, when: Reached, note: str, *, seconds: bool
         length=middle if math.isfinite(middle) else 0.0,
         dots=numbers,
         text=text.reached(when, seconds=seconds),
-        strong=cell is row.best,
+        strong=cell is row.leading,
     )
 
 
@@ -364,9 +369,7 @@ def automatic_steps(summary: Summary, styles: Styles) -> Figure | None:
         if quantity not in AUTOMATIC:
             continue
         value = _automatic_value(key)
-        cells = {
-            row.optimizer.label: row.best or row.cells[0] for row in summary.rows if _numbers(row.runs, value)
-        }
+        cells = {row.optimizer.label: row.leading for row in summary.rows if _numbers(row.runs, value)}
         title = " ".join([*model, AUTOMATIC[quantity]])
         axis = choose_axis(title, _numbers([run for cell in cells.values() for run in cell.runs], value))
         if axis is not None:

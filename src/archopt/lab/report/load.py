@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +107,7 @@ class Workload:
     options: Mapping[str, Any]
     runs: tuple[Run, ...]
     extra: tuple[Run, ...]
-    """Runs found in the folder that the comparison did not ask for: listed, and counted nowhere."""
+    """Runs found in the folder that the comparison does not ask for: listed, and counted nowhere."""
 
     @property
     def title(self) -> str:
@@ -129,8 +129,8 @@ class Comparison:
     optimizers: tuple[Optimizer, ...]
     seeds: tuple[int, ...]
     lrs: Any
-    """What was asked for last: "grid", "published", "default" or a list."""
-    written: float
+    """What was asked for: "grid", "published", "default" or a list; None where nobody did."""
+    written: float = 0.0
     """When the newest of its records was written, in seconds since 1970."""
 
 
@@ -142,39 +142,71 @@ def finite(value: Any) -> float | None:
 
 
 def load(folder: Path) -> Comparison:
-    """Reads a comparison's folder.
+    """Reads the records of a comparison, or of runs trained one by one, which have no `comparison.json` over them.
 
     Raises ReportError, which names the file, where there are no runs or a record is broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ReportError(f"{folder}: no such folder; expected the --out of an `archopt compare`")
-    asked = folder / "comparison.json"
-    if not asked.is_file():
-        raise ReportError(f"{folder}: no comparison.json in it; expected the --out of an `archopt compare`")
-    record = _read_json(asked)
-    _check_format(record, asked)
-    optimizers = tuple(_optimizer(entry, asked) for entry in _need(record, "optimizers", list, asked))
-    seeds = tuple(_need(record, "seeds", list, asked))
-    lrs = record.get("lrs")
-    workloads = tuple(
-        _workload(folder, entry, optimizers, seeds, lrs, asked)
-        for entry in _need(record, "workloads", list, asked)
-    )
-    written = [folder / run.folder for w in workloads for run in (*w.runs, *w.extra) if run.folder]
+        raise ReportError(f"{folder}: no such folder; expected the --out of an archopt compare or train")
+    path = folder / "comparison.json"
+    comparison = _asked_for(folder, path) if path.is_file() else _found(folder)
+    written = [run.folder for w in comparison.workloads for run in (*w.runs, *w.extra) if run.folder]
     if not written:
         raise ReportError(
-            f"{folder}: no runs in it; run `{record.get('command') or 'archopt compare'}` first"
+            f"{folder}: no runs in it; expected the --out of an archopt compare or train that has begun"
         )
+    files = [file for run in written for file in (folder / run).glob("*.json*")]
+    return replace(comparison, written=max(file.stat().st_mtime for file in files))
+
+
+def _asked_for(folder: Path, path: Path) -> Comparison:
+    """What `comparison.json` asks for, and what there is of it."""
+    record = _read_json(path)
+    _check_format(record, path)
+    optimizers = tuple(_optimizer(entry, path) for entry in _need(record, "optimizers", list, path))
+    seeds = tuple(_need(record, "seeds", list, path))
+    lrs = record.get("lrs")
     return Comparison(
         folder=folder,
         command=str(record.get("command", "")),
-        workloads=workloads,
+        workloads=tuple(
+            _workload(folder, entry, optimizers, seeds, lrs, path)
+            for entry in _need(record, "workloads", list, path)
+        ),
         optimizers=optimizers,
         seeds=seeds,
         lrs=lrs,
-        written=max(path.stat().st_mtime for run in written for path in run.glob("*.json*")),
     )
+
+
+def _found(folder: Path) -> Comparison:
+    """Runs that nobody asked for together: what there is, and of the optimisers no more than their runs say."""
+    workloads = []
+    optimizers: dict[str, Optimizer] = {}
+    for place in sorted(path.name for path in folder.iterdir() if path.is_dir()):
+        runs = tuple(_read_runs(folder, folder / place).values())
+        judged = next((run for run in runs if "metric" in run.result), None)
+        if judged is None:
+            continue  # no runs, or none that has told yet what it is judged by
+        config, path = judged.config, folder / judged.folder / "config.json"
+        workloads.append(
+            Workload(
+                name=_need(config, "workload", str, path),
+                preset=str(config.get("preset", "")),
+                folder=place,
+                summary="",
+                metric=_metric(judged.result["metric"], path.with_name("result.json")),
+                options=config.get("options") or {},
+                runs=runs,
+                extra=(),
+            )
+        )
+        for run in runs:
+            name = str(run.config["optimizer"].get("name", run.optimizer))
+            optimizers[run.optimizer] = Optimizer(run.optimizer, name, None, rate=run.lr is not None)
+    seeds = sorted({run.seed for workload in workloads for run in workload.runs})
+    return Comparison(folder, "", tuple(workloads), tuple(optimizers.values()), tuple(seeds), None)
 
 
 def _optimizer(entry: Any, path: Path) -> Optimizer:
@@ -221,20 +253,21 @@ Key = tuple[str, float | None, int]
 
 
 def _rates(optimizer: Optimizer, workload: str, lrs: Any, found: Iterable[Key]) -> list[float | None]:
-    """The learning rates at which runs are expected: those asked for, and those at which there are runs."""
+    """The learning rates at which runs are expected. A comparison that does not tell is asked by its runs."""
     if not optimizer.rate:
         return [None]
     asked = optimizer.lrs.get(workload)
-    if asked is None:
-        asked = [lr for lr in lrs if finite(lr) is not None] if isinstance(lrs, list) else []
+    if asked is not None:
+        return [float(lr) for lr in sorted(asked)]
+    asked = [lr for lr in lrs if finite(lr) is not None] if isinstance(lrs, list) else []
     there = {lr for label, lr, _ in found if label == optimizer.label}
     return sorted({*map(float, asked), *there}, key=lambda lr: lr or 0.0)
 
 
 def _read_runs(root: Path, folder: Path) -> dict[Key, Run]:
-    """Every run below a folder by optimiser, learning rate and seed."""
+    """Every run of a workload's folder by optimiser, learning rate and seed."""
     runs: dict[Key, Run] = {}
-    for path in sorted(folder.rglob("config.json")):
+    for path in sorted(folder.glob("*/lr=*/seed=*/config.json")):
         run = _read_run(root, path.parent)
         key = (run.optimizer, run.lr, run.seed)
         if key in runs:

@@ -127,8 +127,8 @@ def _short(value: Any) -> Any:
 
 
 def _plain(chart: Any) -> Spec:
-    """A chart's mark, encoding and table, as a layer has them."""
-    spec: Spec = chart.to_dict()
+    """A chart's mark, encoding and table, as a layer has them. To validate it each time takes long: tests do it."""
+    spec: Spec = chart.to_dict(validate=False)
     return {key: spec[key] for key in ("data", "mark", "encoding")}
 
 

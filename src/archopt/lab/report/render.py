@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import altair as alt
 import vl_convert
@@ -34,12 +35,17 @@ class Drawn:
 def draw(comparison: Comparison, summaries: Sequence[Summary], styles: dict[str, Style]) -> Drawn:
     """All pictures of a comparison, and its page."""
     groups = figures(summaries, styles)
-    program = vl_convert.javascript_bundle(vl_version=vega_lite_version())  # type: ignore[call-arg]
     runs = sum(len(workload.runs) for workload in comparison.workloads)
     seeds = ", ".join(map(str, comparison.seeds))
     note = f"{comparison.command or 'archopt report'} · {runs} runs, seeds {seeds}"
-    made = page(comparison, summaries, groups, styles, program)
+    made = page(comparison, summaries, groups, styles, program())
     return Drawn(made, [figure for group in groups for figure in group], note)
+
+
+@cache
+def program() -> str:
+    """What draws the pictures in a browser: Vega, Vega-Lite and vega-embed in one script. Takes seconds to make."""
+    return vl_convert.javascript_bundle(vl_version=vega_lite_version())  # type: ignore[call-arg]
 
 
 def vega_lite_version() -> str:

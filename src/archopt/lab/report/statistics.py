@@ -117,7 +117,8 @@ class Row:
     cells: tuple[Cell, ...]
     """In order of the learning rate; one cell with the rate None for a rule without one."""
     default: Cell | None
-    best: Cell | None
+    leading: Cell
+    """The cell that ranks first: the best one, or, where no run finished, what stands for the optimiser."""
     regret: float | None
     """Best mean of any optimiser at any rate minus own mean at the default, turned so that larger is worse.
     Infinite where a seed did not finish at the default; None where the default was not run."""
@@ -130,6 +131,11 @@ class Row:
     overhead_share: float | None
     state_per_parameter: float | None
     peak_memory: float | None
+
+    @property
+    def best(self) -> Cell | None:
+        """The cell with the best mean, of those with the most seeds that finished; None where no run finished."""
+        return self.leading if self.leading.final is not None else None
 
     @property
     def runs(self) -> list[Run]:
@@ -156,6 +162,23 @@ class Summary:
     """The best mean of any optimiser at any rate."""
     target: float | None
     target_given: bool
+
+
+def parse_target(words: str) -> float | dict[str, float]:
+    """A target as the command line has it: `0.95` for all workloads, or `digits=0.95,words=1.2`.
+
+    Raises ReportError for anything else.
+    """
+    try:
+        if "=" not in words:
+            return float(words)
+        pairs = (entry.split("=") for entry in words.split(","))
+        return {name.strip(): float(number) for name, number in pairs}
+    except ValueError:
+        raise ReportError(
+            f"target {words!r}; expected a value of the metric, 0.95, or one for each workload, "
+            "digits=0.95,words=1.2"
+        ) from None
 
 
 def summarise(
@@ -195,7 +218,7 @@ def _summarise(workload: Workload, optimizers: Sequence[Optimizer], given: float
         for optimizer in optimizers
         if cells[optimizer.label]
     ]
-    rows.sort(key=lambda row: row.best.rank() if row.best else (math.inf, 0.0))
+    rows.sort(key=lambda row: row.leading.rank())
     return Summary(workload, tuple(rows), initial, best, target, given is not None)
 
 
@@ -215,16 +238,16 @@ def _row(
     fastest: float | None,
 ) -> Row:
     default = next((cell for cell in cells if cell.lr == optimizer.default_lr), None)
-    best = min(cells, key=Cell.rank)
+    leading = min(cells, key=lambda cell: (*cell.rank(), cell is not default))
     runs = _finished(cells)
     return Row(
         optimizer=optimizer,
         cells=cells,
         default=default,
-        best=best if best.final else None,
+        leading=leading,
         regret=_regret(default, best_of_any, metric),
         reached_default=_reached(default, target),
-        reached_best=_reached(best, target),
+        reached_best=_reached(leading, target),
         seconds_per_step=time,
         relative_time=time / fastest if time and fastest else None,
         optimizer_share=_median(runs, "optimizer_share"),

@@ -76,7 +76,7 @@ def results(summary: Summary) -> Table:
         (
             Entry(row.optimizer.label),
             Entry(text.rate(row.optimizer.default_lr)),
-            _final(row.default, "not run"),
+            _final(row.default, text.NONE if row.optimizer.default_lr is None else "not run"),
             Entry(_best_rate(row)),
             _final(row.best, _trouble(row.runs)),
             Entry(text.regret(metric, row.regret), _or_last(row.regret), bad=row.regret == math.inf),
@@ -182,7 +182,7 @@ def _best_rate(row: Row) -> str:
 
 def _final(cell: Cell | None, otherwise: str) -> Entry:
     if cell is None:
-        return Entry(otherwise, bad=True)
+        return Entry(otherwise, math.inf, bad=otherwise != text.NONE)
     order = math.inf
     if cell.final is not None and cell.complete:
         order = -cell.final.mean if cell.metric.higher_is_better else cell.final.mean
@@ -285,8 +285,8 @@ def warnings(summary: Summary) -> list[str]:
         )
     if summary.workload.extra:
         lines.append(
-            f"{len(summary.workload.extra)} runs in {summary.workload.folder} belong to no optimiser or seed of "
-            "the comparison: listed with the runs, and counted nowhere."
+            f"{len(summary.workload.extra)} runs in {summary.workload.folder} belong to no optimiser, rate or "
+            "seed of the comparison: listed with the runs, and counted nowhere."
         )
     return lines
 

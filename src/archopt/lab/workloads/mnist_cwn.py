@@ -6,11 +6,11 @@ weights is centred and divided by its norm, and the gradient is taken through th
 2,466,464 parameters. Raw weights are drawn from N(0, sigma^2), with sigma 1 or 100.
 5 epochs, constant learning rate; the paper ran Adam at 0.01.
 Metric: the mean of the batches' training accuracy over the last epoch, each scored before its update. The
-paper's runs (mean of seeds 0, 1, 2): sigma 1: .992, sigma 100: .922. The function does not depend on
-sigma; how far a step turns it does, and that is the freedom which Nero's constraints take away.
+paper's runs (mean of seeds 0, 1, 2): sigma 1: .992, sigma 100: .922. The function does not
+depend on sigma; how far a step turns it does, and that is the freedom which Nero's constraints take away.
 
-Presets: `paper` is the above. `small` narrows the hidden layers to 256; `smoke` has width 32, 2 epochs and the
-first 2,500 images.
+Presets: `paper` is the above. `small` narrows the hidden layers to 256; `smoke` has width 32 and trains
+2 epochs on the first 2,500 images.
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,10 @@ Metric: the running training accuracy of the last epoch, each batch scored befor
 (seeds 0, 1, 2): Nero 0.001: .957 .968 .872; LAMB 0.01: .671 .726 .701; Adam 0.001 and SGD 0.1: .1124, the
 frequency of the commonest class, which is where a network stands that has learnt nothing.
 
-Presets: `paper` is the above, about 1.2 s a step on two cores.
+Presets: `paper` is the above, about 1.2 s a step on two cores. `small` narrows the hidden layers to 128 and
+takes batches of 125 for 20 epochs, 9,600 steps, with the rate times 0.87 after each.
+Nero wants 0.003 there, not the published 0.001. `smoke` has width 16 and trains 2 epochs on the first 2,500
+images.
 """
 
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ class MnistMLP100(MnistRows):
     summary = "100-layer fully connected network on MNIST (Nero paper, figure 3)"
     presets = {
         "paper": {},
-        "small": {"width": 128, "batch_size": 125, "epochs": 15, "decay": 0.85},
+        "small": {"width": 128, "batch_size": 125, "epochs": 20, "decay": 0.87},
         "smoke": {"width": 16, "epochs": 2, "train_images": 2500},
     }
     settings = {"nero": {"lr": 1e-3}, "lamb": {"lr": 1e-2}, "adam": {"lr": 1e-3}, "sgd": {"lr": 1e-1}}
