@@ -281,6 +281,14 @@ if hasattr(torch.optim, "Muon"):  # from torch 2.9
 # -- AutoNero ----------------------------------------------------------------------------------------------
 
 NO_MATRIX = "a module without matrices is refused: nothing of it would turn"
+VECTORS_ALONE = {
+    "layer_trains/*/Linear from one": NO_MATRIX,
+    "layer_trains/*/depthwise 1x1 Conv2d": NO_MATRIX,
+    "layer_trains/*/LayerNorm": NO_MATRIX,
+    "layer_trains/*/BatchNorm2d": NO_MATRIX,
+    "layer_trains/*/GroupNorm": NO_MATRIX,
+    "layer_trains/*/PReLU": NO_MATRIX,
+}
 
 
 def autonero(label: str, **known: Any) -> Configuration:
@@ -293,18 +301,7 @@ def autonero(label: str, **known: Any) -> Configuration:
         reports=("G",),
         option="feedback_gain",
         out_of_range=(("beta", 1.0), ("feedback_decay", -0.1), ("target_steps", 0), ("limit", float("nan"))),
-        exempt={
-            f"layer_trains/*/{layer}": NO_MATRIX
-            for layer in (
-                "Linear from one",
-                "depthwise 1x1 Conv2d",
-                "LayerNorm",
-                "BatchNorm2d",
-                "GroupNorm",
-                "PReLU",
-            )
-        }
-        | known.pop("exempt", {}),
+        exempt=VECTORS_ALONE | known.pop("exempt", {}),
         **known,
     )
 
