@@ -279,6 +279,46 @@ if hasattr(torch.optim, "Muon"):  # from torch 2.9
         ),
     )
 
+# -- AutoNero ----------------------------------------------------------------------------------------------
+
+NO_MATRIX = "a module without matrices is refused: nothing of it would turn"
+VECTORS_ALONE = {
+    "layer_trains/*/Linear from one": NO_MATRIX,
+    "layer_trains/*/depthwise 1x1 Conv2d": NO_MATRIX,
+    "layer_trains/*/LayerNorm": NO_MATRIX,
+    "layer_trains/*/BatchNorm2d": NO_MATRIX,
+    "layer_trains/*/GroupNorm": NO_MATRIX,
+    "layer_trains/*/PReLU": NO_MATRIX,
+}
+
+
+def autonero(label: str, **known: Any) -> Configuration:
+    return Configuration(
+        label,
+        archopt.AutoNero,
+        takes="module",
+        memoryless=False,
+        skipped=lambda optimizer: optimizer.skipped,
+        reports=("G",),
+        option="feedback_gain",
+        out_of_range=(("beta", 1.0), ("feedback_decay", -0.1), ("target_steps", 0), ("limit", float("nan"))),
+        exempt=VECTORS_ALONE | known.pop("exempt", {}),
+        **known,
+    )
+
+
+AUTONERO = (
+    autonero("autonero", main=True),
+    autonero(
+        "autonero-unit",
+        options={"radius": "unit", "embedding_radius": "own"},
+        exempt={
+            "second_construction_keeps_bits": "1 is where radii start; a second optimiser starts them again"
+        },
+    ),
+    autonero("autonero-svd", options={"orthogonalise": "svd"}),
+)
+
 # -- any optimiser, constrained ----------------------------------------------------------------------------
 
 
@@ -327,6 +367,14 @@ CONSTRAINED = (
     constrain(MADAM[0], "madam-normed", zero_mean=False, project_now=True),
 )
 
-CONFIGURATIONS: tuple[Configuration, ...] = (*NERO, *AGD, *LAMB, *MADAM, *CONSTRAINED, *CONTROLS)
+CONFIGURATIONS: tuple[Configuration, ...] = (
+    *NERO,
+    *AGD,
+    *AUTONERO,
+    *LAMB,
+    *MADAM,
+    *CONSTRAINED,
+    *CONTROLS,
+)
 BY_LABEL = {configuration.label: configuration for configuration in CONFIGURATIONS}
 assert len(BY_LABEL) == len(CONFIGURATIONS), "two configurations share a label"

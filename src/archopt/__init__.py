@@ -7,6 +7,8 @@ optimizer = Nero(model)
 from archopt import init
 from archopt._version import __version__
 from archopt.optim.agd import AGD
+from archopt.optim.autonero import AutoNero
+from archopt.optim.average import averaged, renew_statistics
 from archopt.optim.base import ArchoptWarning
 from archopt.optim.constrain import constrain
 from archopt.optim.lamb import Lamb
@@ -18,12 +20,15 @@ from archopt.roles import parameter_roles
 __all__ = [
     "AGD",
     "ArchoptWarning",
+    "AutoNero",
     "Lamb",
     "Madam",
     "Nero",
     "__version__",
+    "averaged",
     "constrain",
     "init",
     "parameter_roles",
     "project_",
+    "renew_statistics",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import archopt
-from configurations import BY_LABEL, CONFIGURATIONS
+from configurations import BY_LABEL, CONFIGURATIONS, VECTORS_ALONE
 from contract.behaviours import BEHAVIOURS
 from contract.behaviours.calling import SCHEDULERS
 from contract.cases import FAMILIES, case_of, is_quick
@@ -15,12 +15,14 @@ from contract.cases import FAMILIES, case_of, is_quick
 RULES = [getattr(archopt, name) for name in archopt.__all__ if isinstance(getattr(archopt, name), type)]
 RULES = [rule for rule in RULES if issubclass(rule, torch.optim.Optimizer)]
 BOTH_FORMS = {archopt.Nero, archopt.AGD}  # given parameters the published rule, given a module its roles
+MODULE_ONLY = {archopt.AutoNero}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_every_rule_is_there_with_its_default_options(rule):
     defaults = [c for c in CONFIGURATIONS if c.rule is rule and not c.options and c.main]
-    expected = {"parameters", "module"} if rule in BOTH_FORMS else {"parameters"}
+    expected = set() if rule in MODULE_ONLY else {"parameters"}
+    expected |= {"module"} if rule in MODULE_ONLY | BOTH_FORMS else set()
     assert {configuration.takes for configuration in defaults} == expected
 
 
@@ -67,6 +69,9 @@ def test_our_rules_keep_every_promise_but_those_of_their_mathematics():
         "agd": {"state_of_another_model_is_refused"},
         "agd-gain10": {"state_of_another_model_is_refused"},
         "agd-module": {"state_of_another_model_is_refused"},
+        "autonero": {*VECTORS_ALONE},
+        "autonero-svd": {*VECTORS_ALONE},
+        "autonero-unit": {*VECTORS_ALONE, "second_construction_keeps_bits"},
         "madam": {"zero_weights_wake"},
         "madam-sum": {
             "zero_weights_wake",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from archopt.optim.autonero import AutoNero
+from archopt import AutoNero
 
 STEPS = 12
 

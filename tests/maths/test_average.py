@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from archopt.optim.average import averaged, renew_statistics
+from archopt import averaged, renew_statistics
 
 
 def drift(model: nn.Module, t: int) -> None:
