@@ -22,7 +22,7 @@ FORMAT = 1
 """The format of the records that this code reads."""
 
 AVERAGE = " (average)"
-"""Where weights were averaged (`--average`), each optimiser stands twice: as it trained, and, so called, averaged."""
+"""Where weights were averaged (`--average`), each optimiser stands twice: plain, and averaged with this label."""
 
 
 class ReportError(LabError):
