@@ -13,7 +13,9 @@ from archopt.lab import seeds
 from archopt.lab import train as module
 from archopt.lab.errors import Interrupted, LabError, RecordError
 from archopt.lab.plan import plan_runs
+from archopt.lab.report import write_report
 from archopt.lab.report.load import load
+from archopt.lab.report.style import DOTTED, styles
 from archopt.lab.sweep import sweep
 from archopt.lab.train import Settings
 from archopt.lab.workload import Metric
@@ -188,3 +190,30 @@ def test_the_report_shows_each_optimiser_and_its_average(tmp_path: Path):
         assert plain.final("accuracy") == stored["final"]["accuracy"]
         assert average.final("accuracy") == stored["average"]["final"]["accuracy"]
         assert [p.eval for p in average.points] == [line["average"] for line in lines(spec.path)]
+        state = average.number("optimizer_state_bytes")
+        assert state == stored["optimizer_state_bytes"] + stored["average"]["state_bytes"]
+    page = write_report(tmp_path).read_text()
+    assert "4: 4 finished" in page  # runs are counted once
+    assert "All 4 runs" in page
+    assert "sgd and adam(amsgrad=True), each also averaged, on toy (small)" in page
+    table = json.loads((tmp_path / "table.json").read_text())["workloads"][0]["optimizers"]
+    assert {row["label"]: row["averaged"] for row in table} == dict(zip(labels, [False, True] * 2))
+
+
+def test_an_average_that_is_not_finite_has_diverged_though_the_run_finished(tmp_path: Path):
+    path = tmp_path / "toy-small/adam/lr=0.02/seed=0"
+    run(path, settings=AVERAGED)
+    result = json.loads((path / "result.json").read_text())
+    result["average"]["final"]["accuracy"] = None
+    (path / "result.json").write_text(json.dumps(result))
+    statuses = {run.optimizer: run.status for run in load(tmp_path).workloads[0].runs}
+    assert statuses == {"adam": "finished", "adam (average)": "diverged"}
+
+
+def test_an_average_is_dotted_in_its_optimisers_colour():
+    looks = styles(["nero", "nero (average)", "mine:Rule (average)", "mine:Rule"])
+    assert list(looks) == ["nero", "nero (average)", "mine:Rule (average)", "mine:Rule"]
+    for label in ("nero", "mine:Rule"):
+        plain, average = looks[label], looks[f"{label} (average)"]
+        assert (average.light, average.dark, average.marker) == (plain.light, plain.dark, plain.marker)
+        assert average.dash == DOTTED != plain.dash

@@ -181,7 +181,7 @@ def test_an_old_torch_is_told_which_is_needed(monkeypatch):
         Choice(entry, {}).build(network(), 0.1, {})
 
 
-def test_a_peer_that_is_not_installed_is_told_how_to_get(monkeypatch):
+def test_a_peer_that_is_not_installed_is_refused_with_how_to_get_it(monkeypatch):
     find = registry.importlib.util.find_spec
     monkeypatch.setattr(
         registry.importlib.util, "find_spec", lambda name: None if name == "absent" else find(name)
