@@ -195,6 +195,7 @@ def test_the_report_shows_each_optimiser_and_its_average(tmp_path: Path):
     page = write_report(tmp_path).read_text()
     assert "4: 4 finished" in page  # runs are counted once
     assert "All 4 runs" in page
+    assert all("4 runs, seeds 0" in picture.read_text() for picture in tmp_path.glob("figures/*.svg"))
     assert "sgd and adam(amsgrad=True), each also averaged, on toy (small)" in page
     table = json.loads((tmp_path / "table.json").read_text())["workloads"][0]["optimizers"]
     assert {row["label"]: row["averaged"] for row in table} == dict(zip(labels, [False, True] * 2))

@@ -119,6 +119,11 @@ class Workload:
     """Runs found in the folder that the comparison does not ask for: listed, and counted nowhere."""
 
     @property
+    def trained(self) -> list[Run]:
+        """The runs, each once: without those that show a run's average."""
+        return [run for run in self.runs if not run.averaged]
+
+    @property
     def title(self) -> str:
         return f"{self.name} ({self.preset})" if self.preset else self.name
 

@@ -111,7 +111,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def _header(comparison: Comparison, summaries: Sequence[Summary], styles: dict[str, Style]) -> str:
-    runs = [run for workload in comparison.workloads for run in workload.runs if not run.averaged]
+    runs = [run for workload in comparison.workloads for run in workload.trained]
     counts = Counter(run.status for run in runs)
     done = ", ".join(
         f"{counts[s]} {s}" for s in ("finished", "diverged", "failed", "unfinished", "missing") if counts[s]

@@ -269,7 +269,7 @@ def notes(comparison: Comparison, summary: Summary) -> list[str]:
 def warnings(summary: Summary) -> list[str]:
     """What a reader should beware of: missing runs, rates at the end of the grid, errors, overhead."""
     lines = []
-    runs = [run for run in summary.workload.runs if not run.averaged]
+    runs = summary.workload.trained
     trained = [row for row in summary.rows if not row.optimizer.averaged]
     if lost := [run for run in runs if run.status in ("missing", "unfinished")]:
         lines.append(
