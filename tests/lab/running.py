@@ -56,7 +56,8 @@ def timeless(path: Path) -> list[dict[str, Any]]:
 def bits(path: Path) -> tuple[Any, ...]:
     """What must not depend on how often a run was interrupted."""
     result = json.loads((path / "result.json").read_text())
-    return result["weights_sha256"], result["status"], result["final"], result["best"], timeless(path)
+    kept = ("weights_sha256", "status", "final", "best", "average")
+    return *(result.get(key) for key in kept), timeless(path)
 
 
 class StopAt(Watcher):

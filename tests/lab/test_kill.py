@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import time
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -54,27 +55,31 @@ def kill(process: ForkServerProcess, path: Path, wait: float) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "optimizer", "lr"),
+    ("name", "options", "optimizer", "lr", "average"),
     [
-        (str(TOY), {"total": 300, "every": 7, "pause": 0.005}, "adam", 0.02),
-        ("digits", {"model": "mlp", "epochs": 10}, "nero", 0.01),
-        pytest.param("digits", {"model": "cnn", "epochs": 5}, "agd", None, marks=pytest.mark.slow),
-        pytest.param("mnist-mlp100", {"epochs": 10}, "nero", 0.001, marks=pytest.mark.data),
+        (str(TOY), {"total": 300, "every": 7, "pause": 0.005}, "adam", 0.02, False),
+        (str(TOY), {"total": 300, "every": 7, "pause": 0.005}, "autonero", None, True),
+        ("digits", {"model": "mlp", "epochs": 10}, "nero", 0.01, False),
+        pytest.param("digits", {"model": "cnn", "epochs": 5}, "agd", None, True, marks=pytest.mark.slow),
+        pytest.param("mnist-mlp100", {"epochs": 10}, "nero", 0.001, False, marks=pytest.mark.data),
     ],
 )
-def test_ten_kills_at_random_moments_do_not_change_a_bit(tmp_path: Path, name, options, optimizer, lr):
+def test_ten_kills_at_random_moments_do_not_change_a_bit(
+    tmp_path: Path, name, options, optimizer, lr, average
+):
     data = real_data("mnist").path if name.startswith("mnist") else None
     args = WorkloadChoice(name, "smoke", options), data, optimizer, lr
-    start(ONE_THREAD, tmp_path / "whole", *args).join()
+    settings = replace(ONE_THREAD, average=average)
+    start(settings, tmp_path / "whole", *args).join()
     span = json.loads((tmp_path / "whole" / RESULT).read_text())["seconds"] / KILLS
     draw = random.Random(0)
     killed = tmp_path / "killed"
     steps = []
     for _ in range(KILLS):
-        process = start(Settings(threads=1, checkpoint_steps=2), killed, *args)
+        process = start(replace(settings, checkpoint_steps=2), killed, *args)
         steps.append(kill(process, killed, draw.uniform(0, span)))
     assert steps == sorted(steps)
     assert len(set(steps)) == KILLS  # every attempt went on from where the last one came to
-    start(ONE_THREAD, killed, *args).join()
+    start(settings, killed, *args).join()
     assert bits(killed) == bits(tmp_path / "whole")
     assert {p.name for p in killed.iterdir()} == {"config.json", "metrics.jsonl", "result.json"}

@@ -83,6 +83,7 @@ def test_published_agd_refuses_vectors_in_one_line():
         ("adamw(weight_decey=0.1)", "did you mean 'weight_decay'"),
         ("nero(foo=1)", "no option 'foo'.*lr, beta, zero_mean"),
         ("agd(lr=0.1)", "agd has no learning rate"),
+        ("autonero(lr=0.1)", "autonero has no learning rate"),
         ("adam(lr=-1)", "lr=-1, expected a number, 0 <= lr"),
         ("adam(lr='x')", "expected a number"),
         ("adam(lr=True)", "expected a number"),
@@ -178,6 +179,39 @@ def test_an_old_torch_is_told_which_is_needed(monkeypatch):
     assert "muon needs torch 2.9 or newer" in entry.unavailable
     with pytest.raises(LabError, match=r"needs torch 2\.9"):
         Choice(entry, {}).build(network(), 0.1, {})
+
+
+def test_a_peer_that_is_not_installed_is_refused_with_how_to_get_it(monkeypatch):
+    find = registry.importlib.util.find_spec
+    monkeypatch.setattr(
+        registry.importlib.util, "find_spec", lambda name: None if name == "absent" else find(name)
+    )
+    entry = Entry("free", "", "absent:Free", peer=True)
+    assert entry.package == "absent"
+    with pytest.raises(LabError, match=r"^free needs the package absent: pip install 'archopt\[peers\]'$"):
+        Choice(entry, {}).build(network(), 0.1, {})
+
+
+def test_muon_has_two_rates_and_both_can_be_set():
+    pair = parse_optimizer("muon(lr=0.05,aux_lr=0.02)")
+    assert (pair.label, pair.fixed_lr) == ("muon(aux_lr=0.02,lr=0.05)", 0.05)
+    assert pair.resolved({})["aux_lr"] == 0.02
+    optimizer = pair.build(network(), pair.default_lr, {})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.02]
+    ranged = parse_optimizer("muon(aux_lr=0.02)").build(network(), 0.1, {})
+    assert [group["lr"] for group in ranged.param_groups] == [0.1, 0.02]
+
+
+def test_autonero_tells_its_angle_and_what_set_it():
+    model = network()
+    optimizer = built("autonero(target=0.0)", model)
+    for _ in range(3):
+        step(model, optimizer)
+    told = numbers(optimizer)
+    assert set(told) == {"theta", "rho", "C", "G", "skipped"}
+    assert told["theta"] == float(optimizer.theta)
+    assert told["skipped"] == 0
+    assert {group["target"] for group in optimizer.param_groups} == {0.0}
 
 
 def test_state_bytes_count_every_tensor():

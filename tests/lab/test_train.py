@@ -237,6 +237,56 @@ def test_evaluation_restores_the_mode_of_every_module():
     assert [module.training for module in model.modules()] == [True, False, True]
 
 
+class Elsewhere(torch.optim.SGD):
+    """Evaluates at other weights than it trains, and rounds on the way back."""
+
+    training = False
+
+    def step(self, closure=None):
+        assert self.training
+        return super().step(closure)
+
+    def _move(self, by: float) -> None:
+        self.training = not self.training
+        with torch.no_grad():
+            for param in self.param_groups[0]["params"]:
+                param.mul_(by)
+
+    def train(self) -> None:
+        if not self.training:
+            self._move(3.0)
+
+    def eval(self) -> None:
+        if self.training:
+            self._move(1 / 3)
+
+
+def test_an_optimiser_with_modes_is_evaluated_in_one_and_goes_on_from_the_very_bits_of_the_other():
+    torch.manual_seed(0)
+    model = nn.Linear(50, 40)
+    optimizer = Elsewhere(model.parameters(), lr=0.1)
+    optimizer.train()
+    before = weights_sha256({"model": model})
+    optimizer.eval()
+    elsewhere = weights_sha256({"model": model})
+    optimizer.train()
+    assert weights_sha256({"model": model}) != before  # so it matters
+    before = weights_sha256({"model": model})
+    with evaluation_mode({"model": model}, {"model": optimizer}):
+        assert not optimizer.training
+        assert weights_sha256({"model": model}) != before
+    assert optimizer.training
+    assert weights_sha256({"model": model}) == before != elsewhere
+
+
+def test_an_optimiser_with_modes_trains_in_the_laboratory(tmp_path: Path):
+    optimizer = f"{__file__}:Elsewhere"
+    whole = run(tmp_path / "whole", optimizer=optimizer, lr=0.1)
+    assert whole["status"] == "finished", whole["error"]
+    often = run(tmp_path / "often", toy(every=1), optimizer=optimizer, lr=0.1)
+    assert often["weights_sha256"] == whole["weights_sha256"]
+
+
 def test_the_checksum_of_weights_sees_one_bit_and_the_type():
     model = nn.Linear(3, 2)
     before = weights_sha256({"model": model})

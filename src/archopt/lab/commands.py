@@ -52,6 +52,8 @@ class Running:
     """Compile the models with torch.compile."""
     clip_norm: Annotated[float | None, arg(metavar="X")] = None
     """Clip gradients to this norm (default: as the workload's publication does, usually not)."""
+    average: bool = False
+    """Average the weights over the steps, in place of a schedule, and evaluate the average beside the weights."""
     threads: Annotated[int | None, arg(metavar="N")] = None
     """CPU threads of a run (default: the cores, divided among the jobs)."""
     checkpoint_seconds: Annotated[float, arg(metavar="X")] = 20.0
@@ -70,6 +72,7 @@ class Running:
             amp=self.amp,
             compile=self.compile,
             clip_norm=self.clip_norm,
+            average=self.average,
             threads=self.threads,
             checkpoint_seconds=self.checkpoint_seconds,
         )
@@ -176,6 +179,9 @@ def _train(asked: Train, choice: WorkloadChoice) -> int:
         + (f" (best {show_metric(metric, best['value'])} at step {best['step']:,})" if best else ""),
         highlight=False,
     )
+    if "average" in result:
+        shown = show_metric(metric, result["average"]["final"].get(metric["key"]))
+        console.print(f"average of the weights: [bold]{shown}[/]", highlight=False)
     console.print(
         f"{result['seconds']:.1f} s, {1000 * result['seconds_per_step']:.3g} ms a step; optimiser "
         f"{100 * result['optimizer_share']:.1f} %, laboratory {100 * result['overhead_share']:.1f} %",
@@ -328,7 +334,8 @@ def list_command(args: list[str]) -> int:
     for entry in ENTRIES.values():
         why = entry.unavailable
         rate = "none to set" if not entry.rate else "" if why else f"{entry.lr:g}"
-        optimizers.add_row(entry.name, f"{entry.description} ({why})" if why else entry.description, rate)
+        what = f"{entry.description} ({why})" if why else entry.description
+        optimizers.add_row(entry.name, escape(what), rate)
     optimizers.add_row("package.module:Class", "any torch optimiser; also ./file.py:Class", "its own")
     console.print(optimizers)
     console.print(_data_table(asked.data))

@@ -116,12 +116,13 @@ class Means:
     def __init__(self, device: torch.device) -> None:
         self._on_device = device.type != "cpu"
         self._sums: dict[str, Any] = {}
-        self._count = 0
+        self.count = 0
+        """Steps since the last `take`."""
 
     def add(self, told: Mapping[str, Tensor]) -> bool:
         """Adds the numbers of one step. False where the loss is known not to be finite."""
         sums = self._sums
-        self._count += 1
+        self.count += 1
         if self._on_device:
             for key, value in told.items():
                 sums[key] = sums[key] + value if key in sums else value.double()
@@ -141,15 +142,15 @@ class Means:
 
     def take(self) -> dict[str, float]:
         """The means since the last `take`."""
-        means = {key: float(value) / self._count for key, value in self._sums.items()}
-        self._sums, self._count = {}, 0
+        means = {key: float(value) / self.count for key, value in self._sums.items()}
+        self._sums, self.count = {}, 0
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": {key: float(value) for key, value in self._sums.items()}, "count": self._count}
+        return {"sums": {key: float(value) for key, value in self._sums.items()}, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self._count = state["count"]
+        self.count = state["count"]
         self._sums = dict(state["sums"])
         if self._on_device:
             self._sums = {

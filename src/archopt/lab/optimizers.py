@@ -7,6 +7,7 @@ one at all. Anything else that is a `torch.optim.Optimizer` is named by `package
 
 import functools
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -68,12 +69,21 @@ class Entry:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Options in which the entry differs from the constructor's defaults."""
     needs_torch: tuple[int, int] = (2, 7)
+    peer: bool = False
+    """Whether it is another project's, which the extra `archopt[peers]` installs."""
     source: str | None = None
     """Checksum of the user's file that it comes from."""
 
     @property
+    def package(self) -> str | None:
+        """The other project's package that it comes from, where it does."""
+        return self.home.partition(":")[0] if self.peer else None
+
+    @property
     def unavailable(self) -> str | None:
         """Why it cannot be used here, or None."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.name} needs the package {self.package}: pip install 'archopt[peers]'"
         if _torch_version() >= self.needs_torch:
             return None
         major, minor = self.needs_torch
@@ -152,6 +162,13 @@ for _entry in (
         after_orthogonal_init,
         rate=False,
     ),
+    Entry(
+        "autonero",
+        "AutoNero(model): every neuron turns by one angle that the gradients set",
+        "archopt.optim.autonero:AutoNero",
+        from_module,
+        rate=False,
+    ),
     Entry("sgd", "SGD without momentum", "torch.optim:SGD"),
     Entry("adam", "Adam", "torch.optim:Adam"),
     Entry("adamw", "AdamW", "torch.optim:AdamW"),
@@ -171,6 +188,18 @@ for _entry in (
         "archopt.lab.muon:MuonWithAdamW",
         from_module,
         needs_torch=(2, 9),
+    ),
+    Entry(
+        "schedule-free-adamw",
+        "schedule-free AdamW (Defazio et al. 2024), its authors' package",
+        "schedulefree:AdamWScheduleFree",
+        peer=True,
+    ),
+    Entry(
+        "prodigy",
+        "Prodigy (Mishchenko and Defazio 2023), its authors' package; lr multiplies the step it finds",
+        "prodigyopt:Prodigy",
+        peer=True,
     ),
 ):
     register(_entry)
@@ -231,16 +260,20 @@ class Choice:
     def build(
         self, model: nn.Module, lr: float | None, settings: Mapping[str, Mapping[str, Any]]
     ) -> Optimizer:
-        """The optimiser for a model. Raises LabError, with the rule's own words, where it refuses."""
+        """The optimiser for a model, ready to step. Raises LabError, with the rule's words, where it refuses."""
         given = {k: v for k, v in settings.get(self.entry.name, {}).items() if k != "lr"}
         options = {**self.entry.defaults, **given, **self.options}
         if self.entry.rate and lr is not None:
             options["lr"] = lr
         try:
-            return self.entry.build(self.entry.cls, model, options)
+            optimizer: Any = self.entry.build(self.entry.cls, model, options)
         except (TypeError, ValueError) as error:
             rate = "" if lr is None else f" at lr={lr}"
             raise LabError(f"{self.label}{rate}: {' '.join(str(error).split())}") from error
+        if has_modes(optimizer):
+            optimizer.train()
+        built: Optimizer = optimizer
+        return built
 
 
 def parse_optimizer(text: str) -> Choice:
@@ -284,12 +317,21 @@ def check_lr(entry: Entry, lr: Any) -> float:
     return float(lr)
 
 
+def has_modes(optimizer: Any) -> bool:
+    """Whether an optimiser has a mode for training and one for evaluation, as modules have."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+
+
+TOLD = ("eta", "gradient_summary", "theta", "rho", "C", "G", "skipped")
+"""What rules tell about their last step: AGD's step size and summary; AutoNero's angle, what set it, void steps."""
+
+
 def numbers(optimizer: Optimizer) -> dict[str, float]:
-    """What a rule tells about its last step: Nero's mean turn by role, AGD's automatic step size and summary."""
+    """What a rule tells about its last step: Nero's mean turn by role, and of `TOLD` what it has."""
     told: dict[str, Any] = {}
     if callable(turns := getattr(optimizer, "mean_turn", None)):
         told.update({f"turn/{role}": value for role, value in turns().items()})
-    for name in ("eta", "gradient_summary"):
+    for name in TOLD:
         if isinstance(value := getattr(optimizer, name, None), float | torch.Tensor):
             told[name] = value
     return {name: float(value) for name, value in told.items()}

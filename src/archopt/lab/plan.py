@@ -196,6 +196,7 @@ def _write_comparison(
         "optimizers": list(optimizers.values()),
         "lrs": plan.lrs,
         "seeds": list(plan.seeds),
+        "average": plan.settings.average,
     }
     write_json(plan.out / COMPARISON, content)
 

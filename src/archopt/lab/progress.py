@@ -129,6 +129,8 @@ class RunProgress(Watcher):
     def line(self, line: Mapping[str, Any]) -> None:
         """Prints what was measured."""
         value = show_metric(self._metric, line["eval"].get(self._metric["key"]))
+        if "average" in line:
+            value += f"; average: {show_metric(self._metric, line['average'].get(self._metric['key']))}"
         loss = f"train loss {line['train']['loss']:.4g}, " if "train" in line else ""
         self._progress.update(self._task, completed=line["step"], metric=value)
         self._console.print(

@@ -8,7 +8,8 @@ import statistics
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 from archopt._version import __version__
 from archopt.lab import measure, seeds
+from archopt.lab.averaging import Averages
 from archopt.lab.errors import Interrupted, LabError
 from archopt.lab.experiment import Experiment
-from archopt.lab.optimizers import Choice, numbers, state_bytes
+from archopt.lab.optimizers import Choice, has_modes, numbers, state_bytes
 from archopt.lab.record import FORMAT, RunFolder, stored_result
 from archopt.lab.user_files import describe
+from archopt.lab.workload import Metric
 
 CHECK_EVERY = 50  # steps between looks at a loss that lives on a device, since a look waits for the device
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into checkpoints
@@ -38,6 +41,8 @@ class Settings:
     compile: bool = False
     clip_norm: float | None = None
     """Instead of the workload's own."""
+    average: bool = False
+    """Also average the weights over the steps and evaluate the average."""
     threads: int | None = None
     """None: what the process has; a resumed run keeps the number that it began with, and so its bits."""
     checkpoint_seconds: float = 20.0
@@ -84,7 +89,7 @@ def run_config(
         "seed": seed,
         "steps": workload.steps,
         "data": experiment.data,
-        "average": False,
+        "average": settings.average,
         "amp": settings.amp,
         "compile": settings.compile,
         "clip_norm": clip_norm(experiment, settings),
@@ -93,12 +98,13 @@ def run_config(
         config["source"] = experiment.source
     if choice.entry.source is not None:
         optimizer["source"] = choice.entry.source
-    return {**config, "environment": environment(experiment.device, settings.threads)}
+    return {**config, "environment": environment(experiment.device, settings.threads, choice.entry.package)}
 
 
-def environment(device: torch.device, threads: int | None) -> dict[str, Any]:
-    """What a run's bits and times may depend on."""
+def environment(device: torch.device, threads: int | None, package: str | None = None) -> dict[str, Any]:
+    """What a run's bits and times may depend on, with the version of the optimiser's `package` if it has one."""
     return {
+        **({} if package is None else {package: version(package)}),
         "archopt": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -147,6 +153,24 @@ def train(
         torch.set_num_threads(threads)
 
 
+@dataclass
+class Found:
+    """What has been measured of the weights, or of their average: the last evaluation, the metric's best value."""
+
+    final: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+
+    def take(self, step: int, metric: Metric, evaluated: Mapping[str, float], **others: float) -> None:
+        """Notes an evaluation. What is measured before the first step is nobody's best."""
+        self.final = {**evaluated, **others}
+        if step == 0:
+            return
+        value = evaluated[metric.key]
+        sign = 1 if metric.higher_is_better else -1
+        if math.isfinite(value) and (self.best is None or sign * value > sign * self.best["value"]):
+            self.best = {"value": value, "step": step}
+
+
 class Run:
     """A run in progress; what a workload's `train_step` sees of it is `archopt.lab.workload.Training`."""
 
@@ -175,8 +199,7 @@ class Run:
         self._step = 0
         self._multiplier: float | None = None
         self._written: dict[str, float] = dict.fromkeys(measure.PHASES, 0.0)
-        self._best: dict[str, Any] | None = None
-        self._final: dict[str, float] = {}
+        self._found, self._found_of_average = Found(), Found()
         self._build()
 
     # -- what train_step may use ---------------------------------------------------------------------------
@@ -196,6 +219,8 @@ class Run:
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.models[name].parameters(), self.clip_norm)
             self.optimizers[name].step()
+            if self._averages is not None:
+                self._averages.update(name, self.models[name])
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad()
             if self._settings.amp:
@@ -212,13 +237,18 @@ class Run:
             if not isinstance(model, nn.Module):
                 raise LabError(f"{self.workload.name}: build() gave {name} = {model!r}, expected a module")
             model.to(self._device)
-            if self._settings.compile:
-                model.compile()
         seeds.seed_all(seeds.mix(self.seed, 0, seeds.OPTIMIZER), self._device)
         self.optimizers = {
             name: self._choice.build(model, self._lr, self.workload.settings)
             for name, model in self.models.items()
         }
+        # Made after the optimisers, whose construction may change weights.
+        self._averages: Averages | None = None
+        if self._settings.average:
+            self._averages = Averages(self.models, self.workload, self.seed, self._device)
+        if self._settings.compile:
+            for model in [*self.models.values(), *(self._averages.models.values() if self._averages else ())]:
+                model.compile()
         self._rates = {
             name: [group["lr"] for group in optimizer.param_groups] if self._choice.entry.rate else []
             for name, optimizer in self.optimizers.items()
@@ -297,15 +327,24 @@ class Run:
 
     def _write_line(self) -> bool:
         """Evaluates and adds a line to the metrics. False where that shows that the run has diverged."""
+        steps = self._means.count
         means = self._means.take()
         self._clock.settle()
         finite = math.isfinite(means.get("loss", 0.0))
+        metric = self.workload.metric
         evaluated = self._evaluate(finite, means)
+        judged = [number for key, number in evaluated.items() if key == metric.key or key.endswith("loss")]
+        finite = finite and all(map(math.isfinite, judged))
         totals = dict(self._clock.totals)
         line: dict[str, Any] = {"step": self._step, "epoch": self._step / self.workload.steps_per_epoch}
         if self._step > 0:
             line["train"] = means
         line["eval"] = evaluated
+        trained = {f"train_{key}": value for key, value in means.items()}
+        self._found.take(self._step, metric, evaluated, **trained)
+        if self._averages is not None:
+            line["average"] = self._evaluate_average(self._averages, finite, evaluated, steps)
+            self._found_of_average.take(self._step, metric, line["average"])
         if self._step > 0:
             line["optimizer"] = self._optimizer_numbers()
         rate = None
@@ -319,27 +358,43 @@ class Run:
         self._written = totals
         self._folder.append(line)
         self._watcher.line(line)
-        self._final = {**evaluated, **{f"train_{key}": value for key, value in means.items()}}
-        if self._step == 0:
-            return True  # initial weights may be bad without anything having diverged
-        metric = self.workload.metric
-        value = evaluated[metric.key]
-        sign = 1 if metric.higher_is_better else -1
-        if math.isfinite(value) and (self._best is None or sign * value > sign * self._best["value"]):
-            self._best = {"value": value, "step": self._step}
-        judged = [number for key, number in evaluated.items() if key == metric.key or key.endswith("loss")]
-        return finite and all(map(math.isfinite, judged))
+        return finite or self._step == 0  # initial weights may be bad without anything having diverged
 
-    def _evaluate(self, finite: bool, means: Mapping[str, float]) -> dict[str, float]:
+    def _measure(
+        self, models: dict[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], finite: bool
+    ) -> dict[str, float]:
+        """The workload's evaluation of some models."""
         seeds.seed_all(seeds.mix(self.seed, self._step, seeds.EVALUATION), self._device)
-        key = self.workload.metric.key
-        with evaluation_mode(self.models, self.optimizers), torch.no_grad(), self._autocast:
+        with evaluation_mode(models, optimizers), torch.no_grad(), self._autocast:
             try:
-                found = {name: float(value) for name, value in self.workload.evaluate(self.models).items()}
+                return {name: float(value) for name, value in self.workload.evaluate(models).items()}
             except (ValueError, ArithmeticError, RuntimeError):
                 if finite:
                     raise
-                return {key: math.nan}  # weights that are not finite can be too much for an evaluation
+                # Weights that are not finite can be too much for an evaluation.
+                return {self.workload.metric.key: math.nan}
+
+    def _evaluate_average(
+        self, averages: Averages, finite: bool, evaluated: Mapping[str, float], steps: int
+    ) -> dict[str, float]:
+        """What `_evaluate` gives, of the averages. `steps`: how many were taken since the last evaluation."""
+        key = self.workload.metric.key
+        if self._step == 0:
+            return dict(evaluated)  # nothing has been averaged yet
+        if not finite:
+            return {key: math.nan}  # the run ends here
+        with evaluation_mode(averages.models, {}), torch.no_grad(), self._autocast:
+            averages.renew(self._step)
+        found = self._measure(averages.models, {}, finite)
+        if key not in found:  # judged by what training tells: the average on the same batches
+            with evaluation_mode(averages.models, {}), torch.no_grad(), self._autocast:
+                found[key] = averages.training_mean(key.removeprefix("train_"), self._step, steps)
+        return found
+
+    def _evaluate(self, finite: bool, means: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of the models as training has left them."""
+        key = self.workload.metric.key
+        found = self._measure(self.models, self.optimizers, finite)
         if key not in found and (told := key.removeprefix("train_")) in means:
             found[key] = means[told]  # judged by what `train_step` tells
         elif key not in found and not (key.startswith("train_") and self._step == 0):
@@ -359,13 +414,12 @@ class Run:
         self._clock.settle()
         totals, seconds = self._clock.totals, self._clock.seconds
         parameters = [p for model in self.models.values() for p in model.parameters()]
-        return {
+        result = {
             "status": status,
             "error": None,
             "step": self._step,
             "metric": asdict(self.workload.metric),
-            "final": self._final,
-            "best": self._best,
+            **asdict(self._found),
             "seconds": seconds,
             "seconds_per_step": statistics.median(self._clock.durations) if self._clock.durations else None,
             "optimizer_share": totals[measure.OPTIMIZER] / seconds if seconds else None,
@@ -375,6 +429,13 @@ class Run:
             "parameters": sum(p.numel() for p in parameters),
             "weights_sha256": weights_sha256(self.models),
         }
+        if self._averages is not None:
+            result["average"] = {
+                **asdict(self._found_of_average),
+                "state_bytes": self._averages.state_bytes(),
+                "weights_sha256": weights_sha256(self._averages.models),
+            }
+        return result
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
@@ -393,10 +454,11 @@ class Run:
             "clock": self._clock.state_dict(),
             "written": self._written,
             "means": self._means.state_dict(),
-            "best": self._best,
-            "final": self._final,
+            **asdict(self._found),
             "peak_memory": self._peak.read(),
         }
+        if self._averages is not None:
+            state["average"] = {"models": self._averages.state_dict(), **asdict(self._found_of_average)}
         self._folder.save_checkpoint(state)
         took = perf_counter() - began
         self._save_at = perf_counter() + max(self._settings.checkpoint_seconds, took / CHECKPOINT_SHARE)
@@ -411,8 +473,11 @@ class Run:
         self._means.load_state_dict(state["means"], self._device)
         self._step = state["step"]
         self._written = dict(state["written"])
-        self._best = state["best"]
-        self._final = state["final"]
+        self._found = Found(state["final"], state["best"])
+        if self._averages is not None:
+            kept = state["average"]
+            self._averages.load_state_dict(kept["models"])
+            self._found_of_average = Found(kept["final"], kept["best"])
         self._peak.before = state["peak_memory"]
 
 
@@ -420,20 +485,28 @@ class Run:
 def evaluation_mode(
     models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
 ) -> Iterator[None]:
-    """Modules in eval mode, then each as it was; likewise optimisers that keep other weights for evaluation."""
+    """Modules in eval mode, then each as it was; likewise optimisers that keep other weights for evaluation.
+
+    Such an optimiser computes the weights of training back from those of evaluation, which rounds: they are kept.
+    """
     modes = [(module, module.training) for model in models.values() for module in model.modules()]
-    switching = [o for o in optimizers.values() if hasattr(o, "eval") and hasattr(o, "train")]
+    switched: list[Any] = [optimizer for optimizer in optimizers.values() if has_modes(optimizer)]
+    groups = [group for optimizer in switched for group in optimizer.param_groups]
+    kept = [(param, param.detach().clone()) for group in groups for param in group["params"]]
     for model in models.values():
         model.eval()
-    for optimizer in switching:
+    for optimizer in switched:
         optimizer.eval()
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for optimizer in switching:
+        for optimizer in switched:
             optimizer.train()
+        with torch.no_grad():
+            for param, weights in kept:
+                param.copy_(weights)
 
 
 def weights_sha256(models: Mapping[str, nn.Module]) -> str:

@@ -21,6 +21,9 @@ Status = Literal["finished", "diverged", "failed", "unfinished", "missing"]
 FORMAT = 1
 """The format of the records that this code reads."""
 
+AVERAGE = " (average)"
+"""Where weights were averaged (`--average`), each optimiser stands twice: plain, and averaged with this label."""
+
 
 class ReportError(LabError):
     """A folder or a record that cannot be reported on; the message is one line and names the file."""
@@ -52,6 +55,8 @@ class Point:
     train: Mapping[str, float]
     eval: Mapping[str, float]
     optimizer: Mapping[str, float]
+    average: Mapping[str, float] = field(default_factory=dict)
+    """The evaluation of the averaged weights, where they were averaged."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Optimizer:
     published_lr: Mapping[str, float] = field(default_factory=dict)
     lrs: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """The learning rates that were asked for, by workload, where the comparison says so for each optimiser."""
+    averaged: bool = False
+    """Whether this is the average of what the optimiser of the same name trained."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ class Run:
     points: tuple[Point, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
+    averaged: bool = False
+    """Whether this is a run as its averaged weights have it. Then it stands beside the run itself."""
 
     @property
     def error(self) -> str:
@@ -108,6 +117,11 @@ class Workload:
     runs: tuple[Run, ...]
     extra: tuple[Run, ...]
     """Runs found in the folder that the comparison does not ask for: listed, and counted nowhere."""
+
+    @property
+    def trained(self) -> list[Run]:
+        """The runs, each once: without those that show a run's average."""
+        return [run for run in self.runs if not run.averaged]
 
     @property
     def title(self) -> str:
@@ -164,7 +178,11 @@ def _asked_for(folder: Path, path: Path) -> Comparison:
     """What `comparison.json` asks for, and what there is of it."""
     record = _read_json(path)
     _check_format(record, path)
-    optimizers = tuple(_optimizer(entry, path) for entry in _need(record, "optimizers", list, path))
+    optimizers = tuple(
+        optimizer
+        for entry in _need(record, "optimizers", list, path)
+        for optimizer in _optimizers(entry, bool(record.get("average")), path)
+    )
     seeds = tuple(_need(record, "seeds", list, path))
     lrs = record.get("lrs")
     return Comparison(
@@ -204,14 +222,16 @@ def _found(folder: Path) -> Comparison:
         )
         for run in runs:
             name = str(run.config["optimizer"].get("name", run.optimizer))
-            optimizers[run.optimizer] = Optimizer(run.optimizer, name, None, rate=run.lr is not None)
+            rate = run.lr is not None
+            optimizers[run.optimizer] = Optimizer(run.optimizer, name, None, rate, averaged=run.averaged)
     seeds = sorted({run.seed for workload in workloads for run in workload.runs})
     return Comparison(folder, "", tuple(workloads), tuple(optimizers.values()), tuple(seeds), None)
 
 
-def _optimizer(entry: Any, path: Path) -> Optimizer:
+def _optimizers(entry: Any, average: bool, path: Path) -> list[Optimizer]:
+    """An optimiser of the comparison and, where weights were averaged, its average."""
     label = _need(entry, "label", str, path)
-    return Optimizer(
+    trained = Optimizer(
         label=label,
         name=str(entry.get("name", label)),
         default_lr=finite(entry.get("default_lr")),
@@ -219,6 +239,7 @@ def _optimizer(entry: Any, path: Path) -> Optimizer:
         published_lr=entry.get("published_lr") or {},
         lrs=entry.get("lrs") or {},
     )
+    return [trained, replace(trained, label=label + AVERAGE, averaged=True)] if average else [trained]
 
 
 def _workload(
@@ -235,7 +256,7 @@ def _workload(
     for optimizer in optimizers:
         for lr in _rates(optimizer, name, lrs, found):
             for seed in seeds:
-                absent = Run(optimizer.label, lr, seed, "missing")
+                absent = Run(optimizer.label, lr, seed, "missing", averaged=optimizer.averaged)
                 asked.append(found.pop((optimizer.label, lr, seed), absent))
     return Workload(
         name=name,
@@ -276,6 +297,9 @@ def _read_runs(root: Path, folder: Path) -> dict[Key, Run]:
                 f"seed {run.seed}); expected one folder a run, remove one of the two"
             )
         runs[key] = run
+        if run.config.get("average"):
+            average = _average(run, path.with_name("result.json"))
+            runs[average.optimizer, run.lr, run.seed] = average
     return runs
 
 
@@ -291,15 +315,43 @@ def _read_run(root: Path, folder: Path) -> Run:
     path = folder / "result.json"
     if path.is_file():
         result = _read_json(path)
-        status = _need(result, "status", str, path)
-        if status not in ("finished", "diverged", "failed"):
-            raise ReportError(f'{path}: status "{status}"; expected "finished", "diverged" or "failed"')
-        if status == "finished":
-            key = _need(_need(result, "metric", dict, path), "key", str, path)
-            if finite(_need(result, "final", dict, path).get(key)) is None:
-                status = "diverged"  # a result without a finite metric counts as what it is
+        status = _status(result, path)
     place = folder.relative_to(root).as_posix()
     return Run(label, lr, seed, status, place, _read_points(folder / "metrics.jsonl"), config, result)
+
+
+def _status(result: Mapping[str, Any], path: Path) -> Status:
+    """How a run ended. One that finished without a finite metric counts as what it is: diverged."""
+    status: Status = _need(result, "status", str, path)
+    if status not in ("finished", "diverged", "failed"):
+        raise ReportError(f'{path}: status "{status}"; expected "finished", "diverged" or "failed"')
+    if status == "finished":
+        key = _need(_need(result, "metric", dict, path), "key", str, path)
+        if finite(_need(result, "final", dict, path).get(key)) is None:
+            return "diverged"
+    return status
+
+
+def _average(run: Run, path: Path) -> Run:
+    """A run as its averaged weights have it. Losses of training and automatic steps belong to the run itself."""
+    points = tuple(replace(p, eval=p.average, train={}, optimizer={}) for p in run.points)
+    own = run.result.get("average") or {}
+    state = [finite(run.result.get("optimizer_state_bytes")), finite(own.get("state_bytes"))]
+    result = {
+        **run.result,
+        "final": own.get("final") or {},
+        "best": own.get("best"),
+        "optimizer_state_bytes": None if None in state else sum(filter(None, state)),
+    }
+    status = _status(result, path) if run.status in ("finished", "diverged") else run.status
+    return replace(
+        run,
+        optimizer=run.optimizer + AVERAGE,
+        averaged=True,
+        points=points,
+        result=result,
+        status=status,
+    )
 
 
 def _read_points(path: Path) -> tuple[Point, ...]:
@@ -320,6 +372,7 @@ def _read_points(path: Path) -> tuple[Point, ...]:
                     train=_numbers(entry.get("train")),
                     eval=_numbers(entry.get("eval")),
                     optimizer=_numbers(entry.get("optimizer")),
+                    average=_numbers(entry.get("average")),
                 )
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -104,13 +104,14 @@ MACHINE = {
 
 
 def _title(comparison: Comparison) -> str:
-    labels = [optimizer.label for optimizer in comparison.optimizers]
+    labels = [optimizer.label for optimizer in comparison.optimizers if not optimizer.averaged]
     shown = text.listing(labels if len(labels) <= 8 else [*labels[:7], f"{len(labels) - 7} more"])
-    return f"{shown} on {text.listing([workload.title for workload in comparison.workloads])}"
+    averaged = ", each also averaged," if any(o.averaged for o in comparison.optimizers) else ""
+    return f"{shown}{averaged} on {text.listing([workload.title for workload in comparison.workloads])}"
 
 
 def _header(comparison: Comparison, summaries: Sequence[Summary], styles: dict[str, Style]) -> str:
-    runs = [run for workload in comparison.workloads for run in workload.runs]
+    runs = [run for workload in comparison.workloads for run in workload.trained]
     counts = Counter(run.status for run in runs)
     done = ", ".join(
         f"{counts[s]} {s}" for s in ("finished", "diverged", "failed", "unfinished", "missing") if counts[s]
@@ -274,7 +275,7 @@ def _runs(summary: Summary) -> str:
         )
     )
     rows = "".join(_run(run, workload.metric) for run in (*workload.runs, *workload.extra))
-    count = len(workload.runs) + len(workload.extra)
+    count = sum(not run.averaged for run in (*workload.runs, *workload.extra))
     return (
         f"<details><summary>All {count} runs</summary>"
         f'<div class="scroll"><table class="runs"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

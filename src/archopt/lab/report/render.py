@@ -35,7 +35,7 @@ class Drawn:
 def draw(comparison: Comparison, summaries: Sequence[Summary], styles: dict[str, Style]) -> Drawn:
     """All pictures of a comparison, and its page."""
     groups = figures(summaries, styles)
-    runs = sum(len(workload.runs) for workload in comparison.workloads)
+    runs = sum(len(workload.trained) for workload in comparison.workloads)
     seeds = ", ".join(map(str, comparison.seeds))
     note = f"{comparison.command or 'archopt report'} · {runs} runs, seeds {seeds}"
     made = page(comparison, summaries, groups, styles, program())

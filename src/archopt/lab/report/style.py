@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from archopt.lab.report.load import AVERAGE
+
 
 @dataclass(frozen=True)
 class Style:
@@ -46,6 +48,8 @@ OTHERS = (
     Style("#5C6B00", "#B9CC4A", (1, 1), "triangle-left"),
     Style("#8D6E63", "#BCAAA4", (7, 2, 2, 2), "triangle-up"),
 )
+DOTTED = (1, 4)
+"""The dash of an optimiser's average, in the optimiser's own colour."""
 TINY = 1e-200
 """Nothing smaller is told from zero."""
 DECADES = 6
@@ -55,8 +59,12 @@ CROSS = "M-1,-1L1,1M-1,1L1,-1"
 
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """A style for every label. Where there are more strange labels than styles, some share one."""
-    labels = list(labels)
+    """A style for every label. Where there are more strange labels than styles, some share one.
+
+    An average has its optimiser's colour and marker, and is dotted.
+    """
+    every = list(labels)
+    labels = list(dict.fromkeys(label.removesuffix(AVERAGE) for label in every))
     strange: dict[str, Style] = {}
     taken: set[int] = set()
     for label in sorted(set(labels) - set(KNOWN)):
@@ -65,7 +73,9 @@ def styles(labels: Iterable[str]) -> dict[str, Style]:
             slot = (slot + 1) % len(OTHERS)
         taken.add(slot)
         strange[label] = OTHERS[slot]
-    return {label: KNOWN.get(label) or strange[label] for label in labels}
+    own = {label: KNOWN.get(label) or strange[label] for label in labels}
+    averages = {label + AVERAGE: replace(style, dash=DOTTED) for label, style in own.items()}
+    return {label: {**averages, **own}[label] for label in every}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from archopt.lab.report import text
-from archopt.lab.report.load import Comparison, Run
+from archopt.lab.report.load import AVERAGE, Comparison, Run
 from archopt.lab.report.statistics import TARGET_SHARE, Cell, Reached, Row, Summary
 
 OVERHEAD = 0.05
@@ -258,13 +258,19 @@ def notes(comparison: Comparison, summary: Summary) -> list[str]:
             f"({text.value(metric, summary.initial)}) to the best mean ({text.value(metric, summary.best)})"
         )
         lines.append(f"Target: {metric.name} {text.value(metric, summary.target)}, {why}.")
+    if any(row.optimizer.averaged for row in summary.rows):
+        lines.append(
+            f"“{AVERAGE.strip()}”: the same runs, evaluated with the average of their weights. Time of a step "
+            "includes averaging for both."
+        )
     return [*lines, *warnings(summary)]
 
 
 def warnings(summary: Summary) -> list[str]:
     """What a reader should beware of: missing runs, rates at the end of the grid, errors, overhead."""
     lines = []
-    runs = summary.workload.runs
+    runs = summary.workload.trained
+    trained = [row for row in summary.rows if not row.optimizer.averaged]
     if lost := [run for run in runs if run.status in ("missing", "unfinished")]:
         lines.append(
             f"{len(lost)} of {len(runs)} runs are missing or unfinished; the same command makes them up."
@@ -274,18 +280,18 @@ def warnings(summary: Summary) -> list[str]:
             f"* The best rate of {text.listing(edge)} is the smallest or largest tried; a better one may lie "
             "beyond."
         )
-    for row in summary.rows:
+    for row in trained:
         if errors := list(dict.fromkeys(run.error for run in row.runs if run.status == "failed")):
             lines.append(f"{row.optimizer.label} failed: {errors[0]}")
-    shares = {row.optimizer.label: row.overhead_share or 0.0 for row in summary.rows}
+    shares = {row.optimizer.label: row.overhead_share or 0.0 for row in trained}
     if slow := [label for label, share in shares.items() if share > OVERHEAD]:
         lines.append(
             f"With {text.listing(slow)}, up to {text.share(max(shares.values()))} of a step went into neither "
             "forward, backward nor optimiser (a busy machine, slow data), so the times say less."
         )
-    if summary.workload.extra:
+    if extra := [run for run in summary.workload.extra if not run.averaged]:
         lines.append(
-            f"{len(summary.workload.extra)} runs in {summary.workload.folder} belong to no optimiser, rate or "
+            f"{len(extra)} runs in {summary.workload.folder} belong to no optimiser, rate or "
             "seed of the comparison: listed with the runs, and counted nowhere."
         )
     return lines
@@ -391,6 +397,7 @@ def _summary_json(summary: Summary) -> dict[str, Any]:
             {
                 "label": row.optimizer.label,
                 "name": row.optimizer.name,
+                "averaged": row.optimizer.averaged,
                 "default": _cell_json(row.default, row.reached_default),
                 "best": _cell_json(row.best, row.reached_best),
                 "best_at_edge": row.best_at_edge,
