@@ -33,14 +33,15 @@ class Averaged(AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Takes the weights of `model` into the average, and its buffers as they are."""
-        for index, (mean, latest) in enumerate(
-            zip(self.module.parameters(), model.parameters(), strict=True)
-        ):
-            exact: Tensor = getattr(self, f"exact_{index}", mean)
-            weight = (POWER + 1) / (self.n_averaged.to(exact) + POWER + 1)
-            exact.lerp_(latest.detach().to(exact), weight)
-            if exact is not mean:
-                mean.copy_(exact)
+        means = list(self.module.parameters())
+        exact: list[Tensor] = [getattr(self, f"exact_{index}", mean) for index, mean in enumerate(means)]
+        latest = [param.detach().to(kept) for param, kept in zip(model.parameters(), exact, strict=True)]
+        kinds = {(kept.device, kept.dtype) for kept in exact}
+        weight = {kind: (POWER + 1) / (self.n_averaged.to(*kind) + POWER + 1) for kind in kinds}
+        torch._foreach_lerp_(exact, latest, [weight[kept.device, kept.dtype] for kept in exact])
+        for mean, kept in zip(means, exact, strict=True):
+            if kept is not mean:
+                mean.copy_(kept)
         for own, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
             own.copy_(theirs)
         self.n_averaged += 1
