@@ -5,6 +5,7 @@ from archopt.lab.data.folder import DataError, DataFolder, default_data_folder
 from archopt.lab.data.idx import read_idx
 from archopt.lab.data.mnist import load_mnist
 from archopt.lab.data.sets import SetInfo, list_sets
+from archopt.lab.data.tinyshakespeare import load_tinyshakespeare
 from archopt.lab.data.transfer import Progress, fetch, import_folder
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "list_sets",
     "load_digits",
     "load_mnist",
+    "load_tinyshakespeare",
     "read_idx",
 ]

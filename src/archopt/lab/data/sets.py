@@ -1,16 +1,22 @@
 """The public data sets that the laboratory knows: their files, how to recognise them, where to get them."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from archopt.lab.data.folder import DataError, DataFolder, md5
 from archopt.lab.data.idx import read_idx, unpack
 from archopt.optim.base import nearest
+
+
+def read_text(content: bytes, name: str = "the file") -> NDArray[np.uint8]:
+    """The bytes of a text, (length,); any content is one."""
+    return np.frombuffer(content, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -21,11 +27,20 @@ class DataFile:
     name: str
     checksum: str
     shape: tuple[int, ...]
+    reader: Callable[[bytes, str], NDArray[Any]] = read_idx
+    """The array in the unpacked content; DataError, beginning with the name it is given, where there is none."""
+    suffix: str = ".gz"
+    """What stands behind the name where mirrors serve the file."""
+
+    @property
+    def served(self) -> str:
+        """The name under which mirrors serve the file, and under which it is put into a data folder."""
+        return f"{self.name}{self.suffix}"
 
     def check(self, content: bytes, where: str) -> NDArray[Any]:
         """The array in `content`, packed or not. DataError, beginning with `where`, if it is another."""
         content = unpack(content, where)
-        array = read_idx(content, where)
+        array = self.reader(content, where)
         if array.shape != self.shape:
             raise DataError(
                 f"{where} is the wrong file: its array has shape {array.shape}, {self.name} has {self.shape}"
@@ -33,7 +48,7 @@ class DataFile:
         found = md5(content)
         if found != self.checksum:
             raise DataError(
-                f"{where} is damaged, or from another set with the same file names (Fashion-MNIST has them): "
+                f"{where} is damaged, or from another set with the same file names: "
                 f"unpacked it has {found}, expected {self.checksum}"
             )
         return array
@@ -49,7 +64,7 @@ class DataSet:
     folders: tuple[str, ...] = ()
     files: tuple[DataFile, ...] = ()
     mirrors: tuple[str, ...] = ()
-    """Addresses of folders that serve the files with `.gz` behind their names; tried in order."""
+    """Addresses of folders that serve the files; tried in order."""
 
     def fetch_command(self, folder: DataFolder) -> str:
         """The one command that gets this set into `folder`."""
@@ -74,7 +89,7 @@ class DataSet:
         found = self.find(folder.path, file)
         if found is None:
             raise DataError(
-                f"{self.name}: {file.name}.gz is not in {folder.path}{missing_folder(folder.path)}; "
+                f"{self.name}: {file.served} is not in {folder.path}{missing_folder(folder.path)}; "
                 f"{remedy}, or name the folder that has it with --data DIR"
             )
         try:
@@ -114,7 +129,18 @@ MNIST = DataSet(
     ),
 )
 
-SETS = {known.name: known for known in (DIGITS, MNIST)}
+TINY_SHAKESPEARE = DataSet(
+    name="tinyshakespeare",
+    what="tiny Shakespeare: 1,115,394 characters of his plays, 65 of them different (A. Karpathy)",
+    licence="public domain",
+    folders=("tinyshakespeare",),
+    files=(
+        DataFile("input.txt", "md5:6fb458f1232090904fb40fe944165e91", (1_115_394,), read_text, suffix=""),
+    ),
+    mirrors=("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",),
+)
+
+SETS = {known.name: known for known in (DIGITS, MNIST, TINY_SHAKESPEARE)}
 
 
 def data_set(name: str) -> DataSet:

@@ -45,18 +45,18 @@ def _fetch_file(
         return there
     answers = []
     for mirror in known.mirrors if mirrors is None else mirrors:
-        url = f"{mirror.rstrip('/')}/{file.name}.gz"
+        url = f"{mirror.rstrip('/')}/{file.served}"
         try:
-            content = _download(url, f"{file.name}.gz", progress)
+            content = _download(url, file.served, progress)
             file.check(content, "what it sent")
         except DataError as error:
             answers.append(f"{url}: {error}")
         except (OSError, http.client.HTTPException, ValueError) as error:
             answers.append(f"{url}: {_reason(error)}")
         else:
-            return write_atomic(_home(known, root) / f"{file.name}.gz", content)
+            return write_atomic(_home(known, root) / file.served, content)
     raise DataError(
-        f"could not download {file.name}.gz ({'; '.join(answers) or 'no mirror given'}); try again, or "
+        f"could not download {file.served} ({'; '.join(answers) or 'no mirror given'}); try again, or "
         f"fetch it where there is a network and run `archopt data import FOLDER`"
     )
 
@@ -120,7 +120,7 @@ def import_folder(
     wanted = [data_set(name) for name in names] if names else list(_sets_in(source))
     if not wanted:
         known = ", ".join(
-            f"{known.name} ({known.files[0].name}.gz, ...)" for known in SETS.values() if known.files
+            f"{known.name} ({known.files[0].served}, ...)" for known in SETS.values() if known.files
         )
         raise DataError(
             f"{source} holds no known data set; looked for {known} there and in the usual subfolders"
@@ -137,7 +137,7 @@ def _import_set(known: DataSet, source: Path, root: Path, progress: Progress | N
     for file in known.files:
         found = known.find(source, file)
         if found is None:
-            raise DataError(f"{source} has no {file.name}.gz: {known.name} is not complete there")
+            raise DataError(f"{source} has no {file.served}: {known.name} is not complete there")
         try:
             content = found.read_bytes()
         except OSError as error:
