@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from archopt.lab.data.folder import DataError, DataFolder, md5
+from archopt.lab.data.cifar10_files import (
+    BATCH,
+    HALF_TEST,
+    HALF_TRAIN,
+    PIXELS,
+    SHEET,
+    SIDE,
+    half_checksums,
+    read_batch,
+    read_labels,
+    read_sheet,
+)
+from archopt.lab.data.folder import DataError, DataFolder, md5, sha256
 from archopt.lab.data.idx import read_idx, unpack
 from archopt.optim.base import nearest
 
@@ -45,7 +57,7 @@ class DataFile:
             raise DataError(
                 f"{where} is the wrong file: its array has shape {array.shape}, {self.name} has {self.shape}"
             )
-        found = md5(content)
+        found = (sha256 if self.checksum.startswith("sha256:") else md5)(content)
         if found != self.checksum:
             raise DataError(
                 f"{where} is damaged, or from another set with the same file names: "
@@ -65,11 +77,19 @@ class DataSet:
     files: tuple[DataFile, ...] = ()
     mirrors: tuple[str, ...] = ()
     """Addresses of folders that serve the files; tried in order."""
+    archive: str | None = None
+    """The tar archive in which mirrors serve all files together."""
 
     def fetch_command(self, folder: DataFolder) -> str:
-        """The one command that gets this set into `folder`."""
+        """The one command that gets this set into `folder`; without mirrors, from a folder that has it."""
         where = f" --data {shlex.quote(str(folder.path))}" if folder.path else ""
+        if not self.mirrors:
+            return f"archopt data import FOLDER {self.name}{where}"
         return f"archopt data fetch {self.name}{where}"
+
+    def complete(self, root: Path) -> bool:
+        """Whether all files are there; reading checks them."""
+        return all(self.find(root, file) for file in self.files)
 
     def places(self, root: Path, file: DataFile) -> Iterator[Path]:
         """Where a file may lie below `root`, in the order in which places are tried."""
@@ -140,7 +160,43 @@ TINY_SHAKESPEARE = DataSet(
     mirrors=("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",),
 )
 
-SETS = {known.name: known for known in (DIGITS, MNIST, TINY_SHAKESPEARE)}
+CIFAR10 = DataSet(
+    name="cifar10",
+    what="CIFAR-10: 50,000 + 10,000 photographs of ten classes, 32 x 32 in colour (A. Krizhevsky)",
+    licence="none stated; for research, cite the report of 2009",
+    folders=("cifar-10-batches-py", "cifar10/cifar-10-batches-py", "cifar10"),
+    files=tuple(
+        DataFile(name, f"md5:{digest}", (BATCH, 1 + PIXELS), read_batch, suffix="")
+        for name, digest in (
+            ("data_batch_1", "c99cafc152244af753f735de768cd75f"),
+            ("data_batch_2", "d4bba439e000b95fd0a9bffe97cbabec"),
+            ("data_batch_3", "54ebc095f3ab1f0389bbae665268c751"),
+            ("data_batch_4", "634d18415352ddfa80567beed471001a"),
+            ("data_batch_5", "482c414d41f54cd18b22e5b47cb7c3cb"),
+            ("test_batch", "40351d587109b95175f43aff81a1287e"),
+        )
+    ),
+    mirrors=("https://www.cs.toronto.edu/~kriz/",),
+    archive="cifar-10-python.tar.gz",
+)
+
+
+def _half_file(name: str, checksum: str) -> DataFile:
+    if name == "index.npz":
+        return DataFile(name, checksum, (HALF_TRAIN + HALF_TEST,), read_labels, suffix="")
+    return DataFile(name, checksum, (SHEET, 3, SIDE, SIDE), read_sheet, suffix="")
+
+
+CIFAR10_HALF = DataSet(
+    name="cifar10-half",
+    what="half of CIFAR-10, the first images of each class: 25,000 + 5,000, lossless WebP sheets",
+    licence=CIFAR10.licence,
+    folders=("cifar10",),
+    # The labels, the sheets to train on, the sheets to test on: in the list's order.
+    files=tuple(_half_file(name, checksum) for name, checksum in half_checksums().items()),
+)
+
+SETS = {known.name: known for known in (DIGITS, MNIST, TINY_SHAKESPEARE, CIFAR10, CIFAR10_HALF)}
 
 
 def data_set(name: str) -> DataSet:

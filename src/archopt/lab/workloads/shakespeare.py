@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from archopt.lab import seeds
 from archopt.lab.data import DataFolder, load_tinyshakespeare
 from archopt.lab.workload import Metric, Workload
-from archopt.lab.workloads.schedules import Schedule, check_schedule, multiplier
+from archopt.lab.workloads.schedules import WARMUP, Schedule, check_schedule, multiplier
 from archopt.lab.workloads.supervised import accuracy, check_positive
 
 VOCABULARY = 65
@@ -38,7 +38,7 @@ class Shakespeare(Workload):
     depth: int = 2
     dropout: float = 0.0
     lr_schedule: Schedule = "linear"
-    warmup: int = 30
+    warmup: int = WARMUP
     eval_every: int = 100
 
     def __post_init__(self) -> None:
