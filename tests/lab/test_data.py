@@ -40,6 +40,7 @@ def tiny_set() -> DataSet:
         "none",
         ("tiny", "TINY/raw", "."),
         (DataFile("some-idx3", checksum, (2, 3, 4)),),
+        ("https://example.org/",),
     )
 
 
