@@ -220,7 +220,7 @@ def test_every_command_has_a_help(capsys, args):
     said = capsys.readouterr().out
     assert "usage: archopt" in said
     if "digits" in args:
-        assert "--model {mlp,cnn}" in said
+        assert "--model {mlp,cnn,mlp-ln,mlp16,mlp16-ln}" in said
         assert "--optimizer" in said
 
 

@@ -40,6 +40,7 @@ def tiny_set() -> DataSet:
         "none",
         ("tiny", "TINY/raw", "."),
         (DataFile("some-idx3", checksum, (2, 3, 4)),),
+        ("https://example.org/",),
     )
 
 
@@ -152,7 +153,7 @@ def test_own_files_are_read_and_their_checksum_recorded(tmp_path: Path) -> None:
 
 
 def test_list_says_where_a_set_is_and_what_is_missing(tmp_path: Path) -> None:
-    digits, mnist = list_sets(DataFolder(tmp_path))
+    digits, mnist, *_ = list_sets(DataFolder(tmp_path))
     assert (digits.name, digits.where, digits.command) == ("digits", "in the package", None)
     assert mnist.where is None
     assert len(mnist.missing) == 4
@@ -165,7 +166,8 @@ def test_list_says_where_a_set_is_and_what_is_missing(tmp_path: Path) -> None:
 
 def test_an_unknown_set_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(
-        DataError, match=r"no data set 'minst'; did you mean 'mnist'\? \(known: digits, mnist\)"
+        DataError,
+        match=r"no data set 'minst'; did you mean 'mnist'\? \(known: digits, mnist, tinyshakespeare",
     ):
         data_set("minst")
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from archopt.lab.data import DataFolder
+from archopt.lab.experiment import Experiment
 from archopt.lab.models.dense import MLP, CentredMLP
 from archopt.lab.models.small_cnn import SmallCNN
 from archopt.lab.workload import Workload
@@ -182,7 +183,8 @@ def test_the_accuracy_of_logits_that_are_not_finite_is_not_finite() -> None:
 def test_the_registry_lists_names_without_importing_workloads() -> None:
     code = (
         "import sys; from archopt.lab.workloads import registry; names = list(registry()); "
-        "assert names == ['digits', 'mnist-mlp100', 'mnist-cwn'], names; "
+        "assert names == ['digits', 'mnist-mlp100', 'mnist-cwn', 'cifar10-resnet-small', 'shakespeare-gpt', "
+        "'shakespeare-lstm'], names; "
         "assert 'archopt.lab.workloads.digits' not in sys.modules"
     )
     subprocess.run(
@@ -222,6 +224,41 @@ def test_digits_have_the_documented_sizes() -> None:
     assert isinstance(Digits(model="cnn").build(), SmallCNN)
     with pytest.raises(ValueError, match="no model 'rnn'"):
         Digits(model="rnn").build()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "norms"), [("mlp-ln", 3, 2), ("mlp16", 16, 0), ("mlp16-ln", 16, 15)]
+)
+def test_digits_have_deep_and_normalised_mlps(model: str, layers: int, norms: int) -> None:
+    torch.manual_seed(0)
+    network = Digits(model=model).build()  # type: ignore[arg-type]
+    linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    assert len(linear) == layers
+    assert [m.out_features for m in linear] == [128] * (layers - 1) + [10]
+    assert sum(isinstance(m, nn.LayerNorm) for m in network.modules()) == norms
+    x = torch.randn(4, 1, 8, 8)
+    h = x.flatten(1)
+    for layer in linear[:-1]:
+        h = layer(h)
+        h = F.relu(F.layer_norm(h, (128,)) if norms else h)
+    torch.testing.assert_close(network(x), linear[-1](h))
+
+
+def test_digits_keep_the_identity_of_runs_stored_before_they_had_a_schedule() -> None:
+    usual = Experiment(Digits(), "small", None, {}, torch.device("cpu"))
+    assert usual.options == {"epochs": 30, "batch_size": 64, "model": "mlp"}
+    assert usual.folder == "digits-small"
+    linear = Experiment(Digits(lr_schedule="linear"), "small", None, {}, torch.device("cpu"))
+    assert linear.options["lr_schedule"] == "linear"
+    assert linear.folder.startswith("digits-small-")
+
+
+def test_digits_follow_a_schedule_where_one_is_asked_for() -> None:
+    linear = loaded(Digits(lr_schedule="linear"))
+    assert [linear.schedule(step) for step in (0, 29, 30, 345)] == pytest.approx([1 / 30, 1, 1, 0.5])
+    assert loaded(Digits()).schedule(600) == 1
+    with pytest.raises(ValueError, match="lr_schedule='cosine', expected 'linear' or 'constant'"):
+        Digits(lr_schedule="cosine")  # type: ignore[arg-type]
 
 
 def test_digits_mlp_reaches_97_percent_with_adamw() -> None:

@@ -130,8 +130,12 @@ class Experiment:
 
     @property
     def options(self) -> dict[str, Any]:
-        """All fields of the workload."""
-        return dataclasses.asdict(self.workload)
+        """All fields of the workload; those that joined it later only where they differ from their default."""
+        given = dataclasses.asdict(self.workload)
+        for late in dataclasses.fields(self.workload):
+            if late.metadata.get("joined_later") and given[late.name] == late.default:
+                del given[late.name]
+        return given
 
     @property
     def folder(self) -> str:

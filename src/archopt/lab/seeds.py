@@ -10,8 +10,8 @@ import random
 import numpy as np
 import torch
 
-BUILD, STEP, EVALUATION, OPTIMIZER = range(4)
-"""Purposes."""
+BUILD, STEP, EVALUATION, OPTIMIZER, BATCH = range(5)
+"""Purposes. `BATCH` is for workloads that draw their batches from a generator of their own."""
 
 
 def mix(seed: int, step: int, purpose: int) -> int:

@@ -33,6 +33,13 @@ class Metric:
     unit: str = ""  # "%" shows a fraction as a percentage
 
 
+JOINED_LATER = {"joined_later": True}
+"""Metadata of a field that a workload got after runs of it had been stored.
+
+At its default it stays out of the record, so that those runs keep their identity.
+"""
+
+
 class Training(Protocol):
     """What `train_step` may use of a run: its models, one optimiser for each, and the run's seed."""
 

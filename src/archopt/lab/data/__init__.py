@@ -1,10 +1,12 @@
 """The laboratory's data: where the sets lie, how they are checked on reading, and how to get them."""
 
+from archopt.lab.data.cifar10 import load_cifar10
 from archopt.lab.data.digits import load_digits
 from archopt.lab.data.folder import DataError, DataFolder, default_data_folder
 from archopt.lab.data.idx import read_idx
 from archopt.lab.data.mnist import load_mnist
 from archopt.lab.data.sets import SetInfo, list_sets
+from archopt.lab.data.tinyshakespeare import load_tinyshakespeare
 from archopt.lab.data.transfer import Progress, fetch, import_folder
 
 __all__ = [
@@ -16,7 +18,9 @@ __all__ = [
     "fetch",
     "import_folder",
     "list_sets",
+    "load_cifar10",
     "load_digits",
     "load_mnist",
+    "load_tinyshakespeare",
     "read_idx",
 ]

@@ -5,11 +5,14 @@ what was there before, and nothing half-written.
 """
 
 import http.client
+import io
 import os
+import tarfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from archopt._version import __version__
 from archopt.lab.data.folder import DataError, DataFolder
@@ -20,6 +23,7 @@ Progress = Callable[[str, int, int | None], None]
 
 CHUNK = 1 << 16
 TIMEOUT = 30.0  # seconds without an answer after which the next mirror is tried
+Accepted = TypeVar("Accepted")
 
 
 def fetch(
@@ -34,29 +38,62 @@ def fetch(
     known = data_set(name)
     if folder.path is None:
         raise DataError(f"nowhere to put {name}: no data folder is given; name one with --data DIR")
-    return [_fetch_file(known, file, folder.path, progress, mirrors) for file in known.files]
+    if known.files and mirrors is None and not known.mirrors:
+        raise DataError(
+            f"{name} has no public address; `{known.fetch_command(folder)}` copies it from a folder that has it"
+        )
+    mirrors = known.mirrors if mirrors is None else mirrors
+    there = {file: _good_copy(known, file, folder.path) for file in known.files}
+    if known.archive is not None and None in there.values():
+        return _fetch_archive(known, known.archive, folder.path, progress, mirrors)
+    return [copy or _fetch_file(known, file, folder.path, progress, mirrors) for file, copy in there.items()]
 
 
 def _fetch_file(
-    known: DataSet, file: DataFile, root: Path, progress: Progress | None, mirrors: Sequence[str] | None
+    known: DataSet, file: DataFile, root: Path, progress: Progress | None, mirrors: Sequence[str]
 ) -> Path:
-    there = known.find(root, file)
-    if there is not None and _passes(file, there):
-        return there
+    def accept(content: bytes) -> bytes:
+        file.check(content, "what it sent")
+        return content
+
+    content = _from_mirrors(file.served, mirrors, progress, accept)
+    return write_atomic(_home(known, root) / file.served, content)
+
+
+def _fetch_archive(
+    known: DataSet, archive: str, root: Path, progress: Progress | None, mirrors: Sequence[str]
+) -> list[Path]:
+    def accept(content: bytes) -> list[bytes]:
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            members = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
+            found = []
+            for file in known.files:
+                stream = tar.extractfile(members[file.name]) if file.name in members else None
+                if stream is None:
+                    raise DataError(f"what it sent has no {file.name}")
+                found.append(stream.read())
+                file.check(found[-1], f"{file.name} in what it sent")
+        return found
+
+    contents = _from_mirrors(archive, mirrors, progress, accept)
+    return [write_atomic(_home(known, root) / file.name, c) for file, c in zip(known.files, contents)]
+
+
+def _from_mirrors(
+    name: str, mirrors: Sequence[str], progress: Progress | None, accept: Callable[[bytes], Accepted]
+) -> Accepted:
+    """What `accept` makes of the first file called `name` that a mirror sends whole and it does not refuse."""
     answers = []
-    for mirror in known.mirrors if mirrors is None else mirrors:
-        url = f"{mirror.rstrip('/')}/{file.name}.gz"
+    for mirror in mirrors:
+        url = f"{mirror.rstrip('/')}/{name}"
         try:
-            content = _download(url, f"{file.name}.gz", progress)
-            file.check(content, "what it sent")
+            return accept(_download(url, name, progress))
         except DataError as error:
             answers.append(f"{url}: {error}")
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, EOFError, http.client.HTTPException, tarfile.TarError, ValueError) as error:
             answers.append(f"{url}: {_reason(error)}")
-        else:
-            return write_atomic(_home(known, root) / f"{file.name}.gz", content)
     raise DataError(
-        f"could not download {file.name}.gz ({'; '.join(answers) or 'no mirror given'}); try again, or "
+        f"could not download {name} ({'; '.join(answers) or 'no mirror given'}); try again, or "
         f"fetch it where there is a network and run `archopt data import FOLDER`"
     )
 
@@ -68,12 +105,15 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _passes(file: DataFile, place: Path) -> bool:
+def _good_copy(known: DataSet, file: DataFile, root: Path) -> Path | None:
+    place = known.find(root, file)
+    if place is None:
+        return None
     try:
         file.check(place.read_bytes(), str(place))
     except (DataError, OSError):
-        return False
-    return True
+        return None
+    return place
 
 
 def _home(known: DataSet, root: Path) -> Path:
@@ -120,7 +160,7 @@ def import_folder(
     wanted = [data_set(name) for name in names] if names else list(_sets_in(source))
     if not wanted:
         known = ", ".join(
-            f"{known.name} ({known.files[0].name}.gz, ...)" for known in SETS.values() if known.files
+            f"{known.name} ({known.files[0].served}, ...)" for known in SETS.values() if known.files
         )
         raise DataError(
             f"{source} holds no known data set; looked for {known} there and in the usual subfolders"
@@ -137,7 +177,7 @@ def _import_set(known: DataSet, source: Path, root: Path, progress: Progress | N
     for file in known.files:
         found = known.find(source, file)
         if found is None:
-            raise DataError(f"{source} has no {file.name}.gz: {known.name} is not complete there")
+            raise DataError(f"{source} has no {file.served}: {known.name} is not complete there")
         try:
             content = found.read_bytes()
         except OSError as error:

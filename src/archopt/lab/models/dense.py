@@ -12,22 +12,25 @@ RELU_GAIN = math.sqrt(2)  # a ReLU halves the mean square of a symmetric input; 
 
 
 class MLP(nn.Module):
-    """Linear layers with `gain * relu` between them.
+    """Linear layers with `gain * relu` between them, with LayerNorm before each relu if asked for.
 
     Input (batch, ...), flattened; output (batch, sizes[-1]). sizes: widths from the input to the output. The
     initial weights and biases are torch's own for `nn.Linear`, uniform in +-1/sqrt(fan_in).
     """
 
-    def __init__(self, sizes: Sequence[int], *, bias: bool = True, gain: float = 1.0) -> None:
+    def __init__(
+        self, sizes: Sequence[int], *, bias: bool = True, gain: float = 1.0, layer_norm: bool = False
+    ) -> None:
         super().__init__()
         self.gain = gain
         self.layers = nn.ModuleList(nn.Linear(n, m, bias=bias) for n, m in pairwise(sizes))
+        self.norms = nn.ModuleList(nn.LayerNorm(n) if layer_norm else nn.Identity() for n in sizes[1:-1])
 
     def forward(self, inputs: Tensor) -> Tensor:
         *hidden, last = self.layers
         x = inputs.flatten(1)
-        for layer in hidden:
-            x = F.relu(layer(x))
+        for layer, norm in zip(hidden, self.norms):
+            x = F.relu(norm(layer(x)))
             if self.gain != 1.0:
                 x = x * self.gain
         out: Tensor = last(x)

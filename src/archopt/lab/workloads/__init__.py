@@ -9,6 +9,9 @@ _PLACES = {
     "digits": "archopt.lab.workloads.digits:Digits",
     "mnist-mlp100": "archopt.lab.workloads.mnist_mlp100:MnistMLP100",
     "mnist-cwn": "archopt.lab.workloads.mnist_cwn:MnistCWN",
+    "cifar10-resnet-small": "archopt.lab.workloads.cifar10_resnet_small:CIFAR10ResNetSmall",
+    "shakespeare-gpt": "archopt.lab.workloads.shakespeare_gpt:ShakespeareGPT",
+    "shakespeare-lstm": "archopt.lab.workloads.shakespeare_lstm:ShakespeareLSTM",
 }
 
 

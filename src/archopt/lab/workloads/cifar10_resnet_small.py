@@ -1,0 +1,108 @@
+"""cifar10-resnet-small: a residual network with BatchNorm on CIFAR-10.
+
+Data: CIFAR-10, 32 x 32 photographs of ten classes: the original files or, where the folder does not have them,
+the half of it called cifar10-half (25,000 + 5,000 images; its accuracies are not comparable with published ones).
+The record says which. Training images are padded by 4 black pixels, cut to 32 x 32 at a random place, mirrored
+every second time, then normalised by channel with the means and deviations of the whole training set.
+Model: 3 x 3 convolution, three stages of residual blocks with 16, 32 and 64 channels, mean, linear head; torch's
+initial weights.
+Loss: mean cross-entropy; every epoch visits all images once. The rate rises over 30 steps and falls linearly
+towards 0; with `--lr-schedule constant` it does not. Rules without a rate follow no schedule.
+Metric: accuracy on the test images.
+
+Presets: `small` has one block a stage (8 layers, 78,042 parameters) and trains 4 epochs on the first 10,000 images
+in batches of 64, 628 steps; the first 5,000 test images. `paper` is no paper's comparison but the standard size:
+three blocks a stage (20 layers, as in arXiv:1512.03385), all images there are, batches of 128, 160 epochs; for
+a GPU. `smoke` trains 2 epochs on 128 images.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from archopt.lab import seeds
+from archopt.lab.data import DataFolder, load_cifar10
+from archopt.lab.models.resnet import ResNet
+from archopt.lab.workload import Metric
+from archopt.lab.workloads.schedules import WARMUP, Schedule, check_schedule, multiplier
+from archopt.lab.workloads.supervised import Supervised, check_positive, labels
+
+WHITE = 255.0
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+PADDING = 4
+
+
+def normalized(images: Tensor) -> Tensor:
+    """uint8 images (n, 3, h, w) as float32, by channel (x / 255 - mean) / std."""
+    mean, std = (images.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (MEAN, STD))
+    return (images.float() / WHITE - mean) / std
+
+
+def cropped_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image shifted by -4 to 4 pixels both ways, black where nothing was, and every second one mirrored.
+
+    Same shape (n, 3, h, w) and type. What happens to an image depends on the generator, a CPU's, alone.
+    """
+    count, channels, height, width = images.shape
+    down, right = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator)
+    mirror = torch.rand(count, 1, generator=generator) < 0.5
+    rows = down + torch.arange(height)
+    columns = right + torch.arange(width)
+    columns = torch.where(mirror, columns.flip(1), columns)
+    padded = nn.functional.pad(images, (PADDING,) * 4)
+    return padded[
+        torch.arange(count).view(-1, 1, 1, 1).to(images.device),
+        torch.arange(channels).view(1, -1, 1, 1).to(images.device),
+        rows.view(count, 1, height, 1).to(images.device),
+        columns.view(count, 1, 1, width).to(images.device),
+    ]
+
+
+@dataclass
+class CIFAR10ResNetSmall(Supervised):
+    """A small ResNet on CIFAR-10 (see the module's text)."""
+
+    name = "cifar10-resnet-small"
+    summary = "small ResNet with BatchNorm on CIFAR-10; --lr-schedule linear or constant"
+    metric = Metric("test_accuracy", "test accuracy", higher_is_better=True, unit="%")
+    presets = {
+        "paper": {"blocks": 3, "train_images": None, "test_images": None, "batch_size": 128, "epochs": 160},
+        "small": {},
+        "smoke": {"train_images": 128, "test_images": 100, "batch_size": 32, "epochs": 2},
+    }
+    lrs = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+
+    epochs: int = 4
+    blocks: int = 1
+    train_images: int | None = 10_000
+    """None: all there are."""
+    test_images: int | None = 5_000
+    augment: bool = True
+    lr_schedule: Schedule = "linear"
+    warmup: int = WARMUP
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "blocks")
+        check_schedule(self.lr_schedule, self.warmup)
+
+    def load(self, data: DataFolder) -> None:
+        cifar = load_cifar10(data, self.train_images, self.test_images)
+        self.hold(
+            (torch.from_numpy(cifar.train_images), labels(cifar.train_labels)),
+            (normalized(torch.from_numpy(cifar.test_images)), labels(cifar.test_labels)),
+        )
+
+    def build(self) -> nn.Module:
+        return ResNet(self.blocks)
+
+    def schedule(self, step: int) -> float:
+        return multiplier(self.lr_schedule, step, self.steps, self.warmup)
+
+    def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
+        images, targets = super().batch(step, seed)
+        if self.augment:
+            generator = torch.Generator().manual_seed(seeds.mix(seed, step, seeds.BATCH))
+            images = cropped_and_mirrored(images, generator)
+        return normalized(images), targets
