@@ -367,7 +367,9 @@ class AutoNero(ArchOptimizer):
         for after, before, tensors in zip(new, past, zip(*held, strict=True), strict=True):
             targets += tensors
             values += part(torch.where(live, after, before), tensors, dims)
-        torch._foreach_copy_(targets, values)
+        # Not _foreach_copy_: inductor (torch 2.13) then forms the movement from weights it has written already.
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
         return expected
 
     def _drop_movements(self, live: Tensor) -> None:
