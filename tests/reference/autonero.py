@@ -82,7 +82,7 @@ class Reference:
         self.variables = variables
         self.t = 0
         self.theta, self.rho, self.C, self.G, self.f = theta0, 0.0, 0.0, 0.0, 1.0
-        self.c, self.e, self.q = 0.0, 0.0, 0.0
+        self.c, self.e, self.q, self.B = 0.0, 0.0, 0.0, 0.0
         self.skipped = 0
 
     def step(self, gradients: dict[str, Tensor | None], lr: float = 1.0) -> None:
@@ -106,7 +106,13 @@ class Reference:
             self.e = LAMBDA * self.e + (1 - LAMBDA) * self.G
             self.rho = min(2.0, max(-2.0, self.c / self.e)) if self.e > 0 else 0.0
             exponent = KAPPA * (self.rho + TAU / math.sqrt(1 + self.t / T))
-            self.theta = min(1.0, max(1e-6, self.theta * math.exp(exponent)))
+            self.theta *= math.exp(exponent)
+            heat = self.e / (1 - LAMBDA ** (self.t - 1)) * math.sqrt(self.t)
+            if self.rho > 0 or self.B == 0:
+                self.B = max(self.B, self.theta * heat)
+            if heat > 0:
+                self.theta = min(self.theta, self.B / heat)
+            self.theta = min(1.0, max(1e-6, self.theta))
 
         self.G = 0.0
         for name, variable in self.variables.items():

@@ -36,7 +36,7 @@ from archopt.roles import Overrides, Role, group_by_treatment, parameter_roles
 
 FAMILIES = ("hidden", "head", "embedding", "vector")
 RADII = ("own", "unit", "rms")
-SHARED = ("feedback_decay", "feedback_gain", "target", "target_steps", "initial_theta", "limit")
+SHARED = ("feedback_decay", "feedback_gain", "target", "target_steps", "bound", "initial_theta", "limit")
 """Options of the one feedback that all groups share: they must agree between groups."""
 
 FOREACH_ENTRIES = 2**24  # entries joined at a time in the foreach form: bounds its transient memory
@@ -53,6 +53,8 @@ class AutoNero(ArchOptimizer):
         beta, beta2: averaging constants of the gradients and of their squares, in [0, 1).
         feedback_decay, feedback_gain: lambda, the memory of the feedback, and kappa, how fast the angle follows it.
         target, target_steps: tau and T. The angle settles where rho = -tau / sqrt(1 + t/T).
+        bound: how far sqrt(t) theta e may stand above the most that slopes have asked for; a huge
+            number is no bound.
         initial_theta: the angle of the first step, in radians.
         limit: gradients longer than this many times their running size are shortened to it.
         radius: "own": rows of hidden matrices and heads keep their initial norms as first radii. "unit": they are
@@ -111,6 +113,7 @@ class AutoNero(ArchOptimizer):
         feedback_gain: float = 0.05,
         target: float = 0.15,
         target_steps: float = 100.0,
+        bound: float = 1.0,
         initial_theta: float = 0.01,
         limit: float = 2.0,
         radius: str = "own",
@@ -141,6 +144,7 @@ class AutoNero(ArchOptimizer):
             "feedback_gain": feedback_gain,
             "target": target,
             "target_steps": target_steps,
+            "bound": bound,
             "initial_theta": initial_theta,
             "limit": limit,
             "radius": radius,
@@ -195,7 +199,7 @@ class AutoNero(ArchOptimizer):
             check_range("AutoNero", name, group[name], low=0.0)
         for name in ("beta", "beta2", "feedback_decay"):
             check_range("AutoNero", name, group[name], low=0.0, high=1.0)
-        for name in ("target_steps", "limit", "channel_groups", "blocks"):
+        for name in ("target_steps", "bound", "limit", "channel_groups", "blocks"):
             check_range("AutoNero", name, group[name], low=1)
         check_range(
             "AutoNero", "initial_theta", group["initial_theta"], low=THETA_RANGE[0], high=THETA_RANGE[1]

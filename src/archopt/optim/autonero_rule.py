@@ -7,7 +7,9 @@ For all tensors together, at step t = 1, 2, ... with gradients g:
     q     <-  beta2 q + (1 - beta2) ||g||^2                          (of the limited gradients)
     C      =  sum <g, d>,   c <- lambda c + (1 - lambda) C,   e <- lambda e + (1 - lambda) G
     rho    =  clip(c / e, -2, 2)                                     (0 where e <= 0)
-    theta <-  clip(theta exp(kappa (rho + tau / sqrt(1 + t/T))), 1e-6, 1)      (from the second step)
+    theta <-  theta exp(kappa (rho + tau / sqrt(1 + t/T)))                     (from the second step)
+    eh     =  sqrt(t) e / (1 - lambda^(t-1)),   B <- max(B, theta eh) where rho > 0 (and at first)
+    theta <-  clip(min(theta, B/eh), 1e-6, 1)                        (bound)
 
 and then for every tensor, with rows w of radius R, averages m of g and v of ||g||^2 (of g^2 in a vector):
 
@@ -20,7 +22,9 @@ and then for every tensor, with rows w of radius R, averages m of g and v of ||g
     d      =  (w - w') / theta,   G = sum <gh, d>
 
 C is the fresh gradient along the movement made before it was computed, so c/e near 1 says that the slope has not
-changed (the step was far too short), 0 that the step was the best single one. `docs/autonero.md` has the reasons.
+changed (the step was far too short), 0 that the step was the best single one. theta e is what a step is worth to its
+own gradients, in units of the loss; by the bound it falls as 1/sqrt(t) unless slopes ask for longer steps.
+`docs/autonero.md` has the reasons.
 """
 
 from collections.abc import Mapping
@@ -53,6 +57,8 @@ class Feedback(NamedTuple):
     """e, average of G."""
     size: Tensor
     """q, average of the squared norm of the limited gradients."""
+    bound: Tensor
+    """B, the largest sqrt(t) theta e that slopes have asked for."""
     skipped: Tensor
     """Steps that were void because something was not finite."""
 
@@ -74,7 +80,12 @@ def feedback_update(
     expected = past.expected.lerp(past.G, 1 - options["feedback_decay"])
     rho = torch.where(expected > 0, slope / expected, 0.0).clamp(*RHO_RANGE)
     target = options["target"] / (1 + t / options["target_steps"]).sqrt()
-    theta = (past.theta * torch.exp(options["feedback_gain"] * (rho + target))).clamp(*THETA_RANGE)
+    theta = past.theta * torch.exp(options["feedback_gain"] * (rho + target))
+    heat = t.sqrt() * expected / bias_correction(options["feedback_decay"], past.steps)
+    asked = (rho > 0) | (past.bound == 0)
+    bound = torch.where(asked, torch.maximum(past.bound, theta * heat), past.bound)
+    allowed = torch.where(heat > 0, options["bound"] * bound / heat, theta)
+    theta = torch.minimum(theta, allowed).clamp(*THETA_RANGE)
     learns = moving & (past.steps > 0)
     return past._replace(
         steps=t,
@@ -84,6 +95,7 @@ def feedback_update(
         slope=torch.where(learns, slope, past.slope),
         expected=torch.where(learns, expected, past.expected),
         size=beta2 * past.size + (1 - beta2) * (f * norm).square(),
+        bound=torch.where(learns, bound, past.bound),
     ), f
 
 
