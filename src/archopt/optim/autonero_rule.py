@@ -22,7 +22,7 @@ and then for every tensor, with rows w of radius R, averages m of g and v of ||g
     d      =  (w - w') / theta,   G = sum <gh, d>
 
 C is the fresh gradient along the movement made before it was computed, so c/e near 1 says that the slope has not
-changed (the step was far too short), 0 that the step was the best single one. theta e is the gain that the last steps
+changed (the step was far too short), 0 that the step was the best single one. theta e is the gain that recent steps
 promised, in units of the loss; by the bound it falls as 1/sqrt(t) unless slopes ask for longer steps.
 `docs/autonero.md` has the reasons.
 """
