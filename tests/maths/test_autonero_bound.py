@@ -17,7 +17,7 @@ OPTIONS = {
 
 
 def promises(bound, steps=300):
-    """rho, theta e sqrt(t) and B after each step, where gradients grow and slopes are noisy around a little below 0."""
+    """rho, theta e sqrt(t) and B after each step; gradients grow, slopes are noisy around a little below 0."""
     generator = torch.Generator().manual_seed(0)
     zero = torch.zeros((), dtype=torch.float64)
     state = Feedback(*[zero] * len(Feedback._fields))._replace(theta=zero + 0.05)
