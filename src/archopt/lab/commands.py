@@ -454,7 +454,7 @@ class Demo:
     """Runs at a time (default: the number of cores)."""
 
 
-DEMO_OPTIMIZERS = "nero,agd,sgd,adamw,lamb,madam"
+DEMO_OPTIMIZERS = "nero,agd,autonero,sgd,adamw,lamb,madam"
 DEMO_LRS = "0.0001,0.001,0.01,0.1,1"
 
 
