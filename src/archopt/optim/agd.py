@@ -216,7 +216,7 @@ class AGD(ArchOptimizer):
             move(eta)
         self._eta.copy_(eta)
         self._gradient_summary.copy_(summary)
-        self._skipped_steps += ~finite
+        self._skipped_steps.add_(~finite)  # not +=, which torch 2.7 does not compile
 
     def _nonfinite_message(self) -> str:
         for index, group in enumerate(self.param_groups):

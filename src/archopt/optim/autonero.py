@@ -255,9 +255,9 @@ class AutoNero(ArchOptimizer):
             grown = torch.full_like(norm, fan_in**0.5 if group["family"] == "embedding" else GROWN_NORM)
             grown = torch.where((norm > 0).any(), median_of_positive(norm), grown)
             grows_to = torch.where(norm > 0, 0.0, grown)
-            return state | {"exp_avg_sq": torch.zeros_like(norm), "radius": norm, "grows_to": grows_to}
+            return {**state, "exp_avg_sq": torch.zeros_like(norm), "radius": norm, "grows_to": grows_to}
         none = zeros.new_empty(0)
-        return state | {"exp_avg_sq": zeros.clone(), "radius": none, "grows_to": none.clone()}
+        return {**state, "exp_avg_sq": zeros.clone(), "radius": none, "grows_to": none.clone()}
 
     def _new_feedback(self) -> Tensor:
         """On the device of the first parameter, in float64 only where a weight is: scalars must not lose digits."""
@@ -299,9 +299,10 @@ class AutoNero(ArchOptimizer):
         held = self._held_feedback()
         if not batches or held is None:
             return
-        if self._stepped:
-            self._unscaled = []
-        self._stepped = True
+        if self._unscaled:
+            if self._stepped:
+                self._unscaled = []
+            self._stepped = True
         home, shared = held.device, self.param_groups[0]
         measures = [self._measure(batch, group) for group, batch in batches]
         norm = torch.linalg.vector_norm(torch.stack([norm.to(home) for norm, _ in measures]))
@@ -313,10 +314,10 @@ class AutoNero(ArchOptimizer):
         live = finite & (norm > 0)
 
         expected = [self._advance(batch, group, f, new.theta, live) for group, batch in batches]
-        new = new._replace(G=torch.stack([part.to(home) for part in expected]).sum())
+        G = torch.stack([part.to(home) for part in expected]).sum()
+        skipped = past.skipped + finite.logical_not()
         self._drop_movements(live)
-        void = past._replace(skipped=past.skipped + finite.logical_not())
-        held.copy_(torch.where(live, _pack(new, held.dtype), _pack(void, held.dtype)))
+        held.copy_(torch.where(live, _pack(new, held.dtype, G=G), _pack(past, held.dtype, skipped=skipped)))
 
     def _batches(self, group: dict[str, Any]) -> list[list[Tensor]]:
         """The group's parameters that have a gradient, one by one; foreach: those that can be joined, together."""
@@ -395,8 +396,10 @@ def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     return fan_in_dims(param.shape, group["neuron_dim"], group["channel_groups"])
 
 
-def _pack(feedback: Feedback, dtype: torch.dtype) -> Tensor:
-    return torch.stack([value.to(dtype) for value in feedback])
+def _pack(feedback: Feedback, dtype: torch.dtype, **changed: Tensor) -> Tensor:
+    """The state tensor of a feedback, with some of its numbers `changed`."""
+    named = zip(Feedback._fields, feedback, strict=True)
+    return torch.stack([changed.get(name, value).to(dtype) for name, value in named])
 
 
 def _first_radius(group: Mapping[str, Any]) -> str:

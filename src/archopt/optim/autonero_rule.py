@@ -87,15 +87,17 @@ def feedback_update(
     allowed = torch.where(heat > 0, options["bound"] * bound / heat, theta)
     theta = torch.minimum(theta, allowed).clamp(*THETA_RANGE)
     learns = moving & (past.steps > 0)
-    return past._replace(
+    return Feedback(
         steps=t,
         theta=torch.where(learns, theta, past.theta),
         rho=torch.where(learns, rho, past.rho),
         C=C,
+        G=past.G,
         slope=torch.where(learns, slope, past.slope),
         expected=torch.where(learns, expected, past.expected),
         size=beta2 * past.size + (1 - beta2) * (f * norm).square(),
         bound=torch.where(learns, bound, past.bound),
+        skipped=past.skipped,
     ), f
 
 
@@ -172,4 +174,4 @@ def vector_update(
     moves = (s > 0) & (angle != 0)
     new = torch.where(moves, p - angle * gh / nonzero(s), p)
     d = (p - new) / theta
-    return past._replace(weight=new, exp_avg=m, exp_avg_sq=v, movement=d), (gh * d).sum()
+    return Rows(new, m, v, d, past.radius, past.grows_to), (gh * d).sum()
