@@ -304,7 +304,7 @@ SLOW = [
 
 def slow_comparison(folder: Path) -> subprocess.Popen:
     """A comparison of two runs, both of which have begun."""
-    (folder / "slow.py").write_text(TOY.read_text().replace("pause: float = 0.0", "pause: float = 0.2"))
+    (folder / "slow.py").write_text(TOY.read_text().replace("pause: float = 0.0", "pause: float = 0.6"))
     process = archopt(*SLOW, folder=folder)
     begun = lambda: [path for path in folder.rglob("metrics.jsonl") if len(lines(path.parent)) > 1]  # noqa: E731
     until(lambda: len(begun()) == 2, process)
