@@ -461,8 +461,8 @@ DEMO_LRS = "0.0001,0.001,0.01,0.1,1"
 def demo_command(args: list[str]) -> int:
     """`archopt demo`: `archopt compare digits`, in a size that ends within three minutes on two cores."""
     text = (
-        "Compares Nero and AGD with four others on 1,797 real handwritten digits that ship with archopt: five "
-        "learning rates, three seeds. Prints the table and the path of the page."
+        "Compares Nero, AGD and AutoNero with four others on 1,797 real handwritten digits that ship with "
+        "archopt: five learning rates, three seeds. Prints the table and the path of the page."
     )
     asked = options.parse(Demo, args, prog="archopt demo", description=text)
     compare = Compare(
