@@ -23,9 +23,9 @@ from archopt.optim.autonero_rule import (
 from archopt.optim.base import (
     ArchOptimizer,
     Rate,
+    check_choice,
     check_forms,
     check_range,
-    nearest,
     rate,
     statistics_like,
     takes_foreach,
@@ -204,10 +204,10 @@ class AutoNero(ArchOptimizer):
         check_range(
             "AutoNero", "initial_theta", group["initial_theta"], low=THETA_RANGE[0], high=THETA_RANGE[1]
         )
-        _check_choice("radius", group["radius"], RADII)
-        _check_choice("embedding_radius", group["embedding_radius"], RADII)
-        _check_choice("orthogonalise", group["orthogonalise"], METHODS)
-        _check_choice("family", group["family"], FAMILIES)
+        check_choice("AutoNero", "radius", group["radius"], RADII)
+        check_choice("AutoNero", "embedding_radius", group["embedding_radius"], RADII)
+        check_choice("AutoNero", "orthogonalise", group["orthogonalise"], METHODS)
+        check_choice("AutoNero", "family", group["family"], FAMILIES)
         check_forms("AutoNero", group)
         for name in SHARED if self.param_groups else ():
             if group[name] != (first := self.param_groups[0][name]):
@@ -477,12 +477,4 @@ def _check_blocks(param: Tensor, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"blocks={group['blocks']} does not divide the {count} rows of a weight of shape "
             f"{tuple(param.shape)}; give the number of equal slices, or 1"
-        )
-
-
-def _check_choice(name: str, value: Any, valid: Iterable[str]) -> None:
-    valid = list(valid)
-    if value not in valid:
-        raise ValueError(
-            f"AutoNero: {name}={value!r}{nearest(str(value), valid)} (valid: {', '.join(map(repr, valid))})"
         )

@@ -33,12 +33,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from archopt.neurons import row_norm
 from archopt.optim.base import Rate, bias_correction
-from archopt.optim.matrices import nonzero, norm_of
+from archopt.optim.matrices import nonzero
 from archopt.optim.orthogonalise import orthogonalise
 
 THETA_RANGE = (1e-6, 1.0)
 RHO_RANGE = (-2.0, 2.0)
+FAN_IN = (-1,)  # the dimension of `Rows` that a row sums over
 GROWN_NORM = 3**-0.5  # norm of a row as torch.nn.Linear initialises it; where rows that start at zero grow up
 
 
@@ -136,18 +138,18 @@ def rows_update(
     """
     w, m, v, _, R, grows_to = past
     m = m.lerp(grad, 1 - beta)
-    v = v.lerp(norm_of(grad).square(), 1 - beta2)
+    v = v.lerp(row_norm(grad, FAN_IN).square(), 1 - beta2)
     gh = m / bias_correction(beta, step).to(m.dtype)
     s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
 
     young = grows_to > 0
     direction = orthogonalise(gh, method) if family == "hidden" else gh
-    length = norm_of(direction) if family == "hidden" else s
+    length = row_norm(direction, FAN_IN) if family == "hidden" else s
     angle = theta * lr
     moves = (length > 0) & (s > 0) & (angle != 0)
     reach = torch.where(young, w.size(-1) ** 0.5 if family == "embedding" else 1.0, R)
     stepped = w - angle * reach / nonzero(length) * direction
-    norm = norm_of(stepped)
+    norm = row_norm(stepped, FAN_IN)
     moves = moves & (norm > 0)
 
     grown = R

@@ -296,6 +296,13 @@ def check_range(rule: str, name: str, value: Any, *, low: float, high: float | N
         raise ValueError(f"{rule}: {name}={value!r}, expected {expected}")
 
 
+def check_choice(rule: str, name: str, value: Any, valid: Iterable[str]) -> None:
+    """Raises ValueError, with the nearest name, unless the value is one of the valid ones."""
+    if value not in (valid := list(valid)):
+        hint = nearest(str(value), valid)
+        raise ValueError(f"{rule}: {name}={value!r}{hint}; expected one of {', '.join(valid)}")
+
+
 def check_flags(rule: str, group: dict[str, Any], *names: str) -> None:
     """Raises TypeError unless each of the named options is True or False."""
     for name in names:

@@ -71,12 +71,6 @@ def median_of_positive(values: Tensor) -> Tensor:
     return ordered.gather(0, middle.clamp(0, ordered.numel() - 1)).mean()
 
 
-def norm_of(rows: Tensor) -> Tensor:
-    """2-norm over the last dimension, which is kept as 1."""
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return norm
-
-
 def nonzero(values: Tensor) -> Tensor:
     """`values` with 1 for 0: a denominator whose quotient is 0, or is discarded, where it was 0."""
     return torch.where(values == 0, 1.0, values)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from archopt.neurons import NeuronDim, fan_in_dims
-from archopt.optim.base import check_flags, check_range, nearest, statistics_like, warn_assumption
+from archopt.optim.base import check_choice, check_flags, check_range, statistics_like, warn_assumption
 from archopt.roles import Overrides, Role, RoleTable, group_by_treatment, parameter_roles
 
 NORMS = ("published", "frobenius", "filters", "rows", "rms", "max")
@@ -64,9 +64,7 @@ class Parts(NamedTuple):
 
 def check_group(group: dict[str, Any]) -> None:
     """Raises ValueError or TypeError where options are out of range or do not fit the group's parameters."""
-    if group["norm"] not in NORMS:
-        hint = nearest(str(group["norm"]), NORMS)
-        raise ValueError(f"AGD: norm={group['norm']!r}{hint}; expected one of {', '.join(NORMS)}")
+    check_choice("AGD", "norm", group["norm"], NORMS)
     if isinstance(group["gain"], Tensor):
         raise TypeError("AGD: gain is a tensor, expected a number; a multiplier that is a tensor can be lr")
     for name in ("uses", "slices", "groups", "stride"):

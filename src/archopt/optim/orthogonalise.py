@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from archopt.optim.matrices import nonzero
+
 # Five steps of a x + b x^3 + c x^5 with Muon's coefficients (Jordan et al. 2024): steep at 0 rather than exact at
 # 1, so that singular values above 1e-2 of the norm end between 0.68 and 1.21.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -59,7 +61,7 @@ def orthogonalise(matrices: Tensor, method: str = "newton-schulz") -> Tensor:
 def unit_frobenius(matrices: Tensor) -> Tensor:
     """Each matrix over its Frobenius norm, which is taken after scaling so that small entries count."""
     peak = matrices.abs().amax(dim=(-2, -1), keepdim=True)
-    scaled = matrices / torch.where(peak == 0, 1.0, peak)
+    scaled = matrices / nonzero(peak)
     norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    unit: Tensor = scaled / torch.where(norm == 0, 1.0, norm)
+    unit: Tensor = scaled / nonzero(norm)
     return unit
