@@ -249,12 +249,23 @@ def test_version_and_empty_command_line(capsys):
     assert main([]) == BAD_INPUT
 
 
+def heed_ctrl_c() -> None:
+    """A shell without job control starts its background jobs, and so these tests, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def archopt(*args: str, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "archopt.lab", *args]
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
     environment = {**os.environ, "PYTHONPATH": paths}
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
 
 
@@ -304,7 +315,7 @@ SLOW = [
 
 def slow_comparison(folder: Path) -> subprocess.Popen:
     """A comparison of two runs, both of which have begun."""
-    (folder / "slow.py").write_text(TOY.read_text().replace("pause: float = 0.0", "pause: float = 0.6"))
+    (folder / "slow.py").write_text(TOY.read_text().replace("pause: float = 0.0", "pause: float = 0.03"))
     process = archopt(*SLOW, folder=folder)
     begun = lambda: [path for path in folder.rglob("metrics.jsonl") if len(lines(path.parent)) > 1]  # noqa: E731
     until(lambda: len(begun()) == 2, process)

@@ -193,14 +193,18 @@ def _train(asked: Train, choice: WorkloadChoice) -> int:
 
 @contextlib.contextmanager
 def _stoppable(progress: Any) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) asks for a checkpoint and the end, the second ends at once."""
+    """The first Ctrl-C (or SIGTERM) asks for a checkpoint and the end, the second ends at once.
+
+    What is ignored stays so: a shell's background job must not end when Ctrl-C is meant for another.
+    """
 
     def stop(number: int, frame: Any) -> None:
         if progress.stop_requested:
             raise KeyboardInterrupt
         progress.stop_requested = True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     finally:
