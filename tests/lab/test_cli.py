@@ -57,6 +57,11 @@ BAD = [
     (["train", "digits", "--lr", "-1"], "lr=-1.0, expected a number, 0 <= lr"),
     (["train", "digits", "-o", "agd", "--lr", "1"], "agd has no learning rate"),
     (["train", "digits", "-o", "sgd(lr=1)", "--lr", "1"], "given twice"),
+    (["train", "digits", "-o", "sgd(lr=[1,2])"], "several learning rates; archopt train takes one"),
+    (
+        ["compare", "digits", "--tuning-seeds", "7"],
+        "--tuning-seeds has 7, which is none of the seeds 0, 1, 2",
+    ),
     (["train", "digits", "-o", "adam(betas=(0.9,1.5))"], "Invalid beta"),
     (["train", "digits", "-o", "nero(beta=1)"], "beta=1"),
     (["train", "digits", "-o", "agd-paper"], "agd-paper: "),

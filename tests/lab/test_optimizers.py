@@ -85,6 +85,8 @@ def test_published_agd_refuses_vectors_in_one_line():
         ("agd(lr=0.1)", "agd has no learning rate"),
         ("autonero(lr=0.1)", "autonero has no learning rate"),
         ("adam(lr=-1)", "lr=-1, expected a number, 0 <= lr"),
+        ("adam(lr=[])", r"lr=\[\], expected a number or several"),
+        ("adam(lr=[0.1,-1])", "lr=-1, expected a number, 0 <= lr"),
         ("adam(lr='x')", "expected a number"),
         ("adam(lr=True)", "expected a number"),
         ("torch.optim:Adamm", "did you mean 'Adam'"),
@@ -193,6 +195,7 @@ def test_a_peer_that_is_not_installed_is_refused_with_how_to_get_it(monkeypatch)
 
 
 def test_muon_has_two_rates_and_both_can_be_set():
+    assert parse_optimizer("muon(lr=[0.02,0.05],aux_lr=0.02)").label == "muon(aux_lr=0.02)"
     pair = parse_optimizer("muon(lr=0.05,aux_lr=0.02)")
     assert (pair.label, pair.fixed_lr) == ("muon(aux_lr=0.02,lr=0.05)", 0.05)
     assert pair.resolved({})["aux_lr"] == 0.02

@@ -11,8 +11,12 @@ from archopt.lab.errors import LabError, RecordError
 from archopt.lab.experiment import WorkloadChoice
 from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.plan import Plan, parse_device, plan_runs, rates, show_metric
+from archopt.lab.report.load import load
+from archopt.lab.report.statistics import summarise
+from archopt.lab.report.table import notes
 from archopt.lab.sweep import sweep
 from archopt.lab.train import Settings
+from archopt.lab.tuning import remaining_runs
 from lab.running import ONE_THREAD, TOY, bits, run, toy
 
 
@@ -69,6 +73,7 @@ def records(out: Path) -> dict[str, tuple]:
         ([0.5, 0.001, 0.5], "sgd", [0.001, 0.5]),
         ([0.5], "nero", [0.01, 0.5]),
         ("grid", "adam(lr=0.3)", [0.3]),
+        ("default", "adam(lr=[0.3,0.1,0.3])", [0.1, 0.3]),
         ("published", "adam(lr=0.3)", [0.3]),
         ("grid", "agd", [None]),
         ([0.5], "agd", [None]),
@@ -117,6 +122,7 @@ def test_the_comparison_is_described_before_anything_runs(tmp_path: Path):
         "lrs": {"toy": [0.001, 0.1]},
     }
     assert (told["lrs"], told["seeds"], told["command"]) == ([0.1], [0, 1], "archopt compare ...")
+    assert told["tuning"] is None
 
 
 @pytest.mark.parametrize(
@@ -130,6 +136,7 @@ def test_the_comparison_is_described_before_anything_runs(tmp_path: Path):
         ({"settings": Settings(device="gpu")}, "no device 'gpu'"),
         ({"settings": Settings(device="mps")}, "not supported"),
         ({"jobs": 0}, "--jobs 0"),
+        ({"tuning_seeds": [0, 2]}, "--tuning-seeds has 2, which is none of the seeds 0, 1"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, changes, said):
@@ -237,3 +244,85 @@ def test_workers_that_cannot_write_stop_the_sweep_and_keep_what_is_finished(tmp_
     with pytest.raises(RecordError, match="cannot write"):
         sweep(asked, Breaking())
     assert len(list(tmp_path.rglob("result.json"))) >= 1
+
+
+# -- tuning on some of the seeds ---------------------------------------------------------------------------
+
+
+def test_only_the_best_rate_and_the_default_are_run_on_seeds_that_do_not_tune(tmp_path: Path):
+    asked = plan(
+        tmp_path,
+        optimizers=["sgd", "adam(lr=[0.0001,0.02])", "agd"],
+        lrs=[0.0003, 0.3],
+        seeds=[0, 1, 2],
+        tuning_seeds=[1],
+    )
+    assert sweep(asked, Follower()).finished == 6 + 4 + 2 + 2
+    there = {
+        path.parent.relative_to(tmp_path / "toy-small").as_posix() for path in tmp_path.rglob("result.json")
+    }
+    # sgd's default is 0.001 and adam's 0.001 is not in its brackets.
+    others = {"sgd/lr=0.001", "sgd/lr=0.3", "adam/lr=0.02", "agd/lr=auto"}
+    tuned = others | {"sgd/lr=0.0003", "adam/lr=0.0001"}
+    assert there == {f"{place}/seed=1" for place in tuned} | {
+        f"{place}/seed={seed}" for place in others for seed in (0, 2)
+    }
+    comparison = load(tmp_path)
+    (workload,) = comparison.workloads
+    assert {run.status for run in workload.runs} == {"finished"}
+    assert not workload.extra
+    rows = {row.optimizer.label: row for row in summarise(comparison)[0].rows}
+    assert rows["sgd"].best.lr == 0.3
+    assert rows["adam"].default is None
+    assert [len(cell.runs) for cell in rows["adam"].cells] == [1, 3]
+    assert "All rates were tried on seed 1 alone" in " ".join(notes(comparison, summarise(comparison)[0]))
+    again = Follower()
+    assert sweep(asked, again).skipped == 14
+    assert not again.statuses
+
+
+def test_the_best_rate_of_the_average_is_run_too(tmp_path: Path):
+    asked = plan(
+        tmp_path,
+        optimizers=["sgd(lr=[0.01,0.1,1.0])"],
+        seeds=[0, 1],
+        tuning_seeds=[0],
+        settings=replace(ONE_THREAD, average=True),
+    )
+    specs = plan_runs(asked)
+    for spec in specs:
+        run(spec.path, optimizer=spec.optimizer, lr=spec.lr, seed=spec.seed, settings=asked.settings)
+        best, best_average = spec.lr == 0.1, spec.lr == 1.0
+        result = json.loads((spec.path / "result.json").read_text())
+        result["final"]["accuracy"] = 0.5 + 0.1 * best
+        result["average"]["final"]["accuracy"] = 0.5 + 0.1 * best_average
+        (spec.path / "result.json").write_text(json.dumps(result))
+    assert {spec.lr for spec in remaining_runs(asked, specs)} == {0.1, 1.0}
+    assert json.loads((tmp_path / "comparison.json").read_text())["tuning"] == {
+        "seeds": [0],
+        "rates": {"toy-small": {"sgd": [0.1, 1.0]}},
+    }
+
+
+def test_a_rate_at_which_nothing_ended_well_is_not_chosen(tmp_path: Path):
+    asked = plan(
+        tmp_path,
+        workloads=[WorkloadChoice(str(TOY), options={"grow": 1e6})],
+        optimizers=["sgd", "sgd(lr=[0.1,0.2],momentum=0.9)"],
+        tuning_seeds=[0],
+    )
+    outcome = sweep(asked, Follower())
+    # sgd runs its default once more; the other has none to run and no good rate.
+    assert (outcome.diverged, outcome.finished) == (5, 0)
+    assert {row.count("missing") for row in summarise(load(tmp_path))[0].rows} == {0}
+
+
+def test_variants_of_a_workload_are_told_apart_by_their_options(tmp_path: Path):
+    variants = [WorkloadChoice(str(TOY)), WorkloadChoice(str(TOY), options={"width": 8, "total": 20})]
+    asked = plan(tmp_path, workloads=variants, optimizers=["agd"], seeds=[0])
+    sweep(asked, Follower())
+    titles = ["toy (small)", "toy (small, total=20, width=8)"]
+    assert [workload.title for workload in load(tmp_path).workloads] == titles
+    (tmp_path / "comparison.json").unlink()  # runs trained one by one
+    found = [workload.title for workload in load(tmp_path).workloads]
+    assert found == ["toy (small, total=60, width=16)", "toy (small, total=20, width=8)"]

@@ -149,11 +149,13 @@ def _train(asked: Train, choice: WorkloadChoice) -> int:
     optimizer = parse_optimizer(asked.optimizer)
     if asked.seed < 0:
         raise LabError(f"--seed {asked.seed}, expected 0 or more")
+    if len(optimizer.own_lrs) > 1:
+        raise LabError(f"{asked.optimizer} has several learning rates; archopt train takes one, compare many")
     experiment = open_experiment(choice, asked.data, parse_device(asked.device))
     if asked.lr is None:
         lr = rates("published", optimizer, experiment)[0]
-    elif optimizer.fixed_lr is not None:
-        raise LabError(f"the learning rate is given twice: --lr {asked.lr} and {optimizer.label}")
+    elif optimizer.own_lrs:
+        raise LabError(f"the learning rate is given twice: --lr {asked.lr} and {asked.optimizer}")
     else:
         lr = check_lr(optimizer.entry, asked.lr)
     path = run_path(asked.out, experiment.folder, optimizer.label, lr, asked.seed)
@@ -225,9 +227,12 @@ class Compare(Running):
     """Names from `archopt list` or package.module:Class, with options where wanted: 'sgd(momentum=0.9),nero'."""
     lrs: Annotated[str, arg(metavar="WHICH")] = "grid"
     """Learning rates: grid (the workload's), published, default, or numbers with commas. The optimiser's default
-    is always tried too; a rate in brackets, 'adamw(lr=0.003)', is the only one for that entry."""
+    is always tried too; rates in brackets, 'adamw(lr=[0.003,0.01])', are the only ones for that entry."""
     seeds: Annotated[str, arg(metavar="N,N,...")] = "0,1,2"
     """Seeds, all of which every optimiser gets."""
+    tuning_seeds: Annotated[str | None, arg(metavar="N,...")] = None
+    """The seeds on which all learning rates are tried; the others then run the best of these and the default alone
+    (default: all seeds run all rates)."""
     jobs: Annotated[int | None, arg(metavar="N")] = None
     """Runs at a time, each in a process of its own (default: the number of cores; on CUDA 1)."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
@@ -257,6 +262,9 @@ def plan(asked: Compare, command: str) -> Plan:
         optimizers=split_list(asked.optimizers),
         lrs=options.rates(asked.lrs),
         seeds=options.integers(asked.seeds, "--seeds"),
+        tuning_seeds=()
+        if asked.tuning_seeds is None
+        else options.integers(asked.tuning_seeds, "--tuning-seeds"),
         out=asked.out or OUT / folder_name(f"compare-{names}-{asked.preset}"),
         data=asked.data,
         settings=asked.settings(),

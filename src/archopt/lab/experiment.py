@@ -138,13 +138,18 @@ class Experiment:
         return given
 
     @property
-    def folder(self) -> str:
-        """The first component of the folders of its runs."""
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from the preset's."""
         cls = type(self.workload)
         usual = dataclasses.asdict(cls(**cls.presets[self.preset]))
-        changed = {key: value for key, value in self.options.items() if value != usual[key]}
+        return {key: value for key, value in self.options.items() if value != usual[key]}
+
+    @property
+    def folder(self) -> str:
+        """The first component of the folders of its runs."""
+        changed = self.changed
         suffix = f"-{short_hash(json.dumps(changed, sort_keys=True, default=repr))}" if changed else ""
-        return folder_name(f"{cls.name}-{self.preset}{suffix}")
+        return folder_name(f"{self.workload.name}-{self.preset}{suffix}")
 
 
 def open_experiment(choice: WorkloadChoice, data: Path | None, device: torch.device) -> Experiment:

@@ -227,12 +227,17 @@ class Choice:
 
     entry: Entry
     options: Mapping[str, Any]
-    fixed_lr: float | None = None
-    """The rate given in the brackets; the optimiser is run at this one alone."""
+    own_lrs: tuple[float, ...] = ()
+    """The rates given in the brackets, `lr=0.1` or `lr=[0.1, 0.3]`; the optimiser is run at these alone."""
+
+    @property
+    def fixed_lr(self) -> float | None:
+        """The one rate of the brackets, where there is one."""
+        return self.own_lrs[0] if len(self.own_lrs) == 1 else None
 
     @property
     def label(self) -> str:
-        """The canonical text, by which records and pictures call it."""
+        """The canonical text, by which records and pictures call it. Several rates are a grid, not a name."""
         lr = {} if self.fixed_lr is None else {"lr": self.fixed_lr}
         return str(Call(self.entry.name, {**self.options, **lr}))
 
@@ -244,7 +249,7 @@ class Choice:
     def published_lr(self, settings: Mapping[str, Mapping[str, Any]]) -> float | None:
         """The rate that a workload's settings name; None where they name none or the choice has its own."""
         lr = settings.get(self.entry.name, {}).get("lr")
-        return None if lr is None or self.fixed_lr is not None or not self.entry.rate else float(lr)
+        return None if lr is None or self.own_lrs or not self.entry.rate else float(lr)
 
     def resolved(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """All options but `lr`: the entry's defaults, the workload's published settings, what was asked for."""
@@ -292,16 +297,17 @@ def parse_optimizer(text: str) -> Choice:
             f"no optimiser {call.name!r}{hint} (there are {', '.join(ENTRIES)}, or package.module:Class)"
         )
     options = dict(call.options)
-    lr = options.pop("lr", None)
-    if lr is not None:
-        lr = check_lr(entry, lr)
+    given = options.pop("lr", ())
+    lrs = tuple(check_lr(entry, lr) for lr in (given if isinstance(given, list | tuple) else [given]))
+    if "lr" in call.options and not lrs:
+        raise LabError(f"{entry.name}: lr={given!r}, expected a number or several: lr=[0.01, 0.1]")
     for name in options:
         if name not in entry.signature and not _takes_any(entry.cls):
             valid = ", ".join(["lr", *entry.signature] if entry.rate else entry.signature)
             raise LabError(
                 f"{entry.name} has no option {name!r}{nearest(name, entry.signature)} (options: {valid})"
             )
-    return Choice(entry, options, lr)
+    return Choice(entry, options, lrs)
 
 
 def _takes_any(cls: type[Optimizer]) -> bool:

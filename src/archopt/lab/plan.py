@@ -27,6 +27,8 @@ class Plan:
     lrs: Rates
     seeds: Sequence[int]
     out: Path
+    tuning_seeds: Sequence[int] = ()
+    """Those of the seeds on which all rates are tried; empty: all of them."""
     data: Path | None = None
     settings: Settings = field(default_factory=Settings)
     jobs: int | None = None
@@ -38,8 +40,11 @@ class RunSpec:
     """One run, as a worker receives it."""
 
     workload: WorkloadChoice
+    folder: str
+    """Of the workload, below the comparison's."""
     optimizer: str
     lr: float | None
+    default_lr: float | None
     seed: int
     path: Path
     data: Path | None
@@ -58,13 +63,13 @@ class RunSpec:
 def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[float | None]:
     """The learning rates at which an optimiser is run on a workload.
 
-    A rule without a rate is run once, one with its rate in the brackets at that rate. The default is tried in every
+    A rule without a rate is run once, one with rates in its brackets at those. Else the default is tried in every
     grid, so that it can be compared with the best. Raises LabError where no rate is known.
     """
     if not choice.entry.rate:
         return [None]
-    if choice.fixed_lr is not None:
-        return [choice.fixed_lr]
+    if choice.own_lrs:
+        return sorted(set(choice.own_lrs))
     default = choice.default_lr
     if asked == "published" and (lr := choice.published_lr(experiment.workload.settings)) is not None:
         return [lr]
@@ -98,6 +103,8 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
     Raises LabError for bad input, for an optimiser that can train none of the workloads, and for a folder that
     holds a different run; DataError where data is missing.
     """
+    if unknown := [seed for seed in plan.tuning_seeds if seed not in plan.seeds]:
+        raise LabError(f"--tuning-seeds has {unknown[0]}, which is none of the seeds {_listed(plan.seeds)}")
     choices = _distinct("optimiser", [parse_optimizer(text) for text in plan.optimizers])
     device = parse_device(plan.settings.device)
     specs: list[RunSpec] = []
@@ -128,6 +135,10 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
     return sorted(specs, key=lambda spec: plan.seeds.index(spec.seed))
 
 
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
 def _distinct(what: str, choices: list[Choice]) -> list[Choice]:
     labels = [choice.label for choice in choices]
     if repeated := [label for label in labels if labels.count(label) > 1]:
@@ -148,8 +159,10 @@ def _specs(
         for lr in lrs:
             yield RunSpec(
                 workload=workload,
+                folder=experiment.folder,
                 optimizer=choice.label,
                 lr=lr,
+                default_lr=choice.default_lr,
                 seed=seed,
                 path=run_path(plan.out, experiment.folder, choice.label, lr, seed),
                 data=plan.data,
@@ -180,6 +193,7 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
         "summary": workload.summary,
         "metric": asdict(workload.metric),
         "options": experiment.options,
+        "changed": experiment.changed,
     }
 
 
@@ -196,6 +210,7 @@ def _write_comparison(
         "optimizers": list(optimizers.values()),
         "lrs": plan.lrs,
         "seeds": list(plan.seeds),
+        "tuning": {"seeds": list(plan.tuning_seeds), "rates": {}} if plan.tuning_seeds else None,
         "average": plan.settings.average,
     }
     write_json(plan.out / COMPARISON, content)

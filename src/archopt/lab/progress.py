@@ -45,6 +45,7 @@ class SweepProgress:
         self._workers: dict[int, TaskID] = {}
         self._running: dict[int, RunSpec] = {}
         self._runs = self._done = 0
+        self._all: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -59,11 +60,12 @@ class SweepProgress:
 
     def begin(self, runs: Sequence[RunSpec], skipped: int) -> None:
         """Says how much there is to do."""
-        self._runs = len(runs)
+        self._runs += len(runs)
         if skipped:
             self._console.print(f"{skipped} runs have ended before and are kept.")
-        if runs:
-            self._all = self._progress.add_task("all runs", total=len(runs), metric="")
+        if self._all is None:
+            self._all = self._progress.add_task("all runs", total=self._runs, metric="")
+        self._progress.update(self._all, total=self._runs)
 
     def progress(self, worker: int, spec: RunSpec, step: int, metric: float | None) -> None:
         """Moves a worker's bar."""
@@ -79,7 +81,8 @@ class SweepProgress:
     def ended(self, worker: int, spec: RunSpec, status: str, message: str) -> None:
         """Moves the bar of all runs; a line tells of runs that did not finish, and of all without a terminal."""
         self._done += 1
-        self._progress.advance(self._all)
+        if self._all is not None:
+            self._progress.advance(self._all)
         if worker in self._workers:
             self._progress.update(self._workers[worker], visible=False)  # until it has the next run
         if status != "finished" or not self._console.is_terminal:

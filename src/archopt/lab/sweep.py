@@ -26,6 +26,7 @@ from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.plan import Plan, RunSpec, parse_device, plan_runs, show_metric
 from archopt.lab.record import RunFolder, stored_result
 from archopt.lab.train import Watcher, train
+from archopt.lab.tuning import remaining_runs, tuning_runs
 from archopt.lab.user_files import describe
 
 REPORT_EVERY = 0.1  # seconds between a worker's words on its progress
@@ -36,7 +37,7 @@ class Follower(Protocol):
     """Shows a sweep while it runs."""
 
     def begin(self, runs: Sequence[RunSpec], skipped: int) -> None:
-        """These runs are to be done; so many have ended before."""
+        """These runs are to be done, now and, where some seeds tune, once more; so many have ended before."""
 
     def progress(self, worker: int, spec: RunSpec, step: int, metric: float | None) -> None:
         """Where a worker is in its run."""
@@ -206,12 +207,20 @@ def sweep(plan: Plan, follower: Follower) -> Outcome:
     """
     if plan.jobs is not None and plan.jobs < 1:
         raise LabError(f"--jobs {plan.jobs}, expected at least 1")
-    specs = plan_runs(plan)
+    specs, outcome = plan_runs(plan), Outcome()
+    _do(plan, tuning_runs(plan, specs), follower, outcome)
+    if plan.tuning_seeds:
+        _do(plan, remaining_runs(plan, specs), follower, outcome)
+    return outcome
+
+
+def _do(plan: Plan, specs: Sequence[RunSpec], follower: Follower, outcome: Outcome) -> None:
+    """Does those runs that have not ended yet."""
     waiting = deque(spec for spec in specs if stored_result(spec.path, spec.config) is None)
-    outcome = Outcome(skipped=len(specs) - len(waiting))
-    follower.begin(list(waiting), outcome.skipped)
+    outcome.skipped += len(specs) - len(waiting)
+    follower.begin(list(waiting), len(specs) - len(waiting))
     if not waiting:
-        return outcome
+        return
     usual = 1 if parse_device(plan.settings.device).type == "cuda" else cores()
     crew = _Crew(min(plan.jobs or usual, len(waiting)))
     try:
@@ -223,7 +232,6 @@ def sweep(plan: Plan, follower: Follower) -> Outcome:
                 _listen(crew, follower, outcome)
     finally:
         crew.dismiss()
-    return outcome
 
 
 @contextmanager

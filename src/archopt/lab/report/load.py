@@ -114,6 +114,8 @@ class Workload:
     summary: str
     metric: Metric
     options: Mapping[str, Any]
+    changed: Mapping[str, Any]
+    """The options that differ from the preset's."""
     runs: tuple[Run, ...]
     extra: tuple[Run, ...]
     """Runs found in the folder that the comparison does not ask for: listed, and counted nowhere."""
@@ -125,7 +127,9 @@ class Workload:
 
     @property
     def title(self) -> str:
-        return f"{self.name} ({self.preset})" if self.preset else self.name
+        told = [self.preset] if self.preset else []
+        told += [f"{name}={value!r}" for name, value in self.changed.items()]
+        return f"{self.name} ({', '.join(told)})" if told else self.name
 
     @property
     def slug(self) -> str:
@@ -142,6 +146,8 @@ class Comparison:
     workloads: tuple[Workload, ...]
     optimizers: tuple[Optimizer, ...]
     seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
+    """The seeds on which all rates were tried, where the others ran only the best of these and the default."""
     lrs: Any
     """What was asked for: "grid", "published", "default" or a list; None where nobody did."""
     written: float = 0.0
@@ -185,15 +191,17 @@ def _asked_for(folder: Path, path: Path) -> Comparison:
     )
     seeds = tuple(_need(record, "seeds", list, path))
     lrs = record.get("lrs")
+    tuning = record.get("tuning")
     return Comparison(
         folder=folder,
         command=str(record.get("command", "")),
         workloads=tuple(
-            _workload(folder, entry, optimizers, seeds, lrs, path)
+            _workload(folder, entry, optimizers, seeds, lrs, tuning, path)
             for entry in _need(record, "workloads", list, path)
         ),
         optimizers=optimizers,
         seeds=seeds,
+        tuning_seeds=tuple(tuning["seeds"]) if tuning else (),
         lrs=lrs,
     )
 
@@ -216,6 +224,7 @@ def _found(folder: Path) -> Comparison:
                 summary="",
                 metric=_metric(judged.result["metric"], path.with_name("result.json")),
                 options=config.get("options") or {},
+                changed={},
                 runs=runs,
                 extra=(),
             )
@@ -225,7 +234,19 @@ def _found(folder: Path) -> Comparison:
             rate = run.lr is not None
             optimizers[run.optimizer] = Optimizer(run.optimizer, name, None, rate, averaged=run.averaged)
     seeds = sorted({run.seed for workload in workloads for run in workload.runs})
-    return Comparison(folder, "", tuple(workloads), tuple(optimizers.values()), tuple(seeds), None)
+    told = [replace(workload, changed=_differing(workload, workloads)) for workload in workloads]
+    return Comparison(folder, "", tuple(told), tuple(optimizers.values()), tuple(seeds), (), None)
+
+
+def _differing(workload: Workload, workloads: Iterable[Workload]) -> dict[str, Any]:
+    """The options in which workloads of the same name and preset differ."""
+    alike = [other.options for other in workloads if other.title == workload.title]
+    unset = object()
+    return {
+        name: value
+        for name, value in workload.options.items()
+        if any(options.get(name, unset) != value for options in alike)
+    }
 
 
 def _optimizers(entry: Any, average: bool, path: Path) -> list[Optimizer]:
@@ -248,6 +269,7 @@ def _workload(
     optimizers: Sequence[Optimizer],
     seeds: Sequence[int],
     lrs: Any,
+    tuning: Mapping[str, Any] | None,
     path: Path,
 ) -> Workload:
     name, place = _need(entry, "name", str, path), _need(entry, "folder", str, path)
@@ -255,7 +277,7 @@ def _workload(
     asked: list[Run] = []
     for optimizer in optimizers:
         for lr in _rates(optimizer, name, lrs, found):
-            for seed in seeds:
+            for seed in _seeds(seeds, tuning, place, optimizer, lr):
                 absent = Run(optimizer.label, lr, seed, "missing", averaged=optimizer.averaged)
                 asked.append(found.pop((optimizer.label, lr, seed), absent))
     return Workload(
@@ -265,9 +287,20 @@ def _workload(
         summary=str(entry.get("summary", "")),
         metric=_metric(_need(entry, "metric", dict, path), path),
         options=entry.get("options") or {},
+        changed=entry.get("changed") or {},
         runs=tuple(asked),
         extra=tuple(found.values()),
     )
+
+
+def _seeds(
+    seeds: Sequence[int], tuning: Mapping[str, Any] | None, place: str, optimizer: Optimizer, lr: float | None
+) -> Sequence[int]:
+    """The seeds of which runs are expected at a rate: those that tune, and all of them if it was chosen."""
+    label = optimizer.label.removesuffix(AVERAGE) if optimizer.averaged else optimizer.label
+    if tuning is None or lr in tuning["rates"].get(place, {}).get(label, ()):
+        return seeds
+    return [seed for seed in seeds if seed in tuning["seeds"]]
 
 
 Key = tuple[str, float | None, int]

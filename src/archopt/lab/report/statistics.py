@@ -82,11 +82,13 @@ class Cell:
         return spread([value for value in values if value is not None])
 
     def rank(self) -> tuple[int, float]:
-        """Sorts cells from best to worst: seeds that did not finish count first, then the mean."""
+        """Sorts cells from best to worst: more seeds that finished come first, then the better mean.
+
+        So where rates were tried on some of the seeds, those that all seeds ran come before the others.
+        """
         if self.final is None:
-            return len(self.runs) + 1, 0.0
-        mean = -self.final.mean if self.metric.higher_is_better else self.final.mean
-        return len(self.runs) - len(self.finished), mean
+            return 1, 0.0
+        return -len(self.finished), -self.final.mean if self.metric.higher_is_better else self.final.mean
 
     def reached(self, target: float) -> Reached:
         """The first evaluation at which each run's metric is at the target or better.

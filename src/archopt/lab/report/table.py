@@ -250,6 +250,12 @@ def notes(comparison: Comparison, summary: Summary) -> list[str]:
         f"The best rate has the best mean final {metric.name} of the rates tried (of those at which the most seeds "
         "finished). It is chosen on the numbers that are shown, so these are slightly optimistic.",
     ]
+    if comparison.tuning_seeds:
+        tuning = text.listing([str(seed) for seed in comparison.tuning_seeds])
+        lines.append(
+            f"All rates were tried on seed {tuning} alone; the other seeds ran the best of these, with the last "
+            "weights and with their average, and the default."
+        )
     if summary.target is not None:
         why = (
             "as asked for"
@@ -389,6 +395,7 @@ def _summary_json(summary: Summary) -> dict[str, Any]:
     return {
         "name": workload.name,
         "preset": workload.preset,
+        "changed": dict(workload.changed),
         "metric": workload.metric.key,
         "higher_is_better": workload.metric.higher_is_better,
         "initial": summary.initial,
