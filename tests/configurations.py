@@ -292,6 +292,9 @@ VECTORS_ALONE = {
 }
 
 
+NARROW_MOVEMENT = "the movement is kept in bfloat16, as asked"
+
+
 def autonero(label: str, **known: Any) -> Configuration:
     return Configuration(
         label,
@@ -317,6 +320,14 @@ AUTONERO = (
         },
     ),
     autonero("autonero-svd", options={"orthogonalise": "svd"}),
+    autonero(
+        "autonero-bfloat16-movement",
+        options={"movement_dtype": "bfloat16"},
+        exempt={
+            "statistics_of_half_weights_are_float32": NARROW_MOVEMENT,
+            "load_into_another_dtype_keeps_statistics": NARROW_MOVEMENT,
+        },
+    ),
 )
 
 # -- any optimiser, constrained ----------------------------------------------------------------------------

@@ -404,6 +404,46 @@ def test_bfloat16_movement_is_the_one_before_rounding() -> None:
     assert float(optimizer.G) == pytest.approx(float(other.G))
 
 
+def test_embeddings_may_grow_to_rms_one_with_nothing_scaled() -> None:
+    model = build()
+    with torch.no_grad():
+        model[0].weight.mul_(0.3)
+        model[0].weight[2].mul_(100.0)
+    before = model[0].weight.detach().clone()
+    optimizer = AutoNero(model, embedding_radius="grow")
+    assert torch.equal(model[0].weight, before)
+    length = before.size(1) ** 0.5
+    short = before.norm(dim=1) < length
+    assert bool(short.any())
+    assert not bool(short[2])
+    steps(model, optimizer, range(1))
+    state = optimizer.state[model[0].weight]
+    assert torch.equal((state["grows_to"] > 0).flatten(), short)
+    moved = (model[0].weight.detach() - before).norm(dim=1)
+    used = moved > 0
+    # A plain step of a short row is theta sqrt(d) long; the long row turns, by about theta times its own radius.
+    assert moved[used & short].tolist() == pytest.approx(
+        [0.01 * length] * int((used & short).sum()), rel=1e-4
+    )
+    assert float(state["radius"][2]) == pytest.approx(float(before[2].norm()))
+    for _ in range(400):
+        steps(model, optimizer, range(1))
+    assert bool((state["grows_to"] == 0)[used].all())
+
+
+def test_a_movement_in_bfloat16_takes_two_bytes_and_hardly_changes_the_feedback() -> None:
+    model, twin = build(), build()
+    exact, narrow = AutoNero(model), AutoNero(twin, movement_dtype="bfloat16")
+    steps(model, exact, range(20))
+    steps(twin, narrow, range(20))
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        wide, kept = exact.state[param]["movement"], narrow.state[other]["movement"]
+        assert (wide.element_size(), kept.element_size()) == (4, 2)
+    assert float(narrow.rho) == pytest.approx(float(exact.rho), abs=2e-3)
+    assert float(narrow.theta) == pytest.approx(float(exact.theta), rel=1e-3)
+    assert float(narrow.theta) != float(exact.theta)  # it did read the narrow one
+
+
 # -- refusals ----------------------------------------------------------------------------------------------
 
 

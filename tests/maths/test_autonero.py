@@ -214,20 +214,20 @@ def random_gradients(model: nn.Module, t: int, scale: float = 1.0) -> None:
 
 
 def rate(t: int) -> float:
-    return 0.0 if t in (12, 13) else 1 / (1 + 0.05 * t)
+    return 0.0 if t in (12, 13) else 2 / (1 + 0.05 * t)
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_sixty_steps_follow_the_reference(foreach: bool) -> None:
+@pytest.mark.parametrize(("foreach", "theta"), [(False, 0.05), (True, 0.05), (True, 0.01), (True, 1e-5)])
+def test_sixty_steps_follow_the_reference(foreach: bool, theta: float) -> None:
     model = Zoo().double()
     reference = Reference(
         {
             name: Variable(param, family(name, param), index_rows(name, param) if param.dim() > 1 else [])
             for name, param in model.named_parameters()
         },
-        theta0=0.05,
+        theta0=theta,
     )
-    optimizer = AutoNero(model, orthogonalise="svd", foreach=foreach, initial_theta=0.05)
+    optimizer = AutoNero(model, orthogonalise="svd", foreach=foreach, initial_theta=theta)
     young = {"zeros.weight": 0, "positions.weight": 0}
     for t in range(STEPS):
         random_gradients(model, t)
@@ -246,5 +246,6 @@ def test_sixty_steps_follow_the_reference(foreach: bool) -> None:
             young[name] += bool((optimizer.state[model.get_parameter(name)]["grows_to"] > 0).any())
     assert int(optimizer.skipped) == reference.skipped == 1
     assert int(optimizer.feedback.steps) == reference.t == STEPS - 2
-    assert all(0 < count < STEPS for count in young.values()), "rows that start at zero must grow up"
+    if theta == 0.05:
+        assert all(0 < count < STEPS for count in young.values()), "rows that start at zero must grow up"
     assert not model.tokens.weight[1].any()

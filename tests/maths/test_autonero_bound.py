@@ -1,9 +1,10 @@
-"""AutoNero's bound: what a step promises, theta e sqrt(t), grows only while slopes ask for longer steps."""
+"""AutoNero's guards: a bound on what steps promise, theta e sqrt(t), and a beginning that suits any first angle."""
 
 import math
 
 import torch
 
+from archopt import AutoNero
 from archopt.optim.autonero_rule import Feedback, feedback_update
 
 OPTIONS = {
@@ -13,6 +14,7 @@ OPTIONS = {
     "target_steps": 100.0,
     "bound": 1.0,
     "limit": 2.0,
+    "initial_theta": 0.05,
 }
 
 
@@ -53,3 +55,31 @@ def test_what_a_step_promises_grows_only_while_slopes_ask_for_it():
 def test_without_a_bound_growing_gradients_raise_what_is_promised():
     (*_, (_, bounded, _)), (*_, (_, free, _)) = promises(bound=1.0), promises(bound=1e9)
     assert free > 5 * bounded
+
+
+def first_angles(depth, theta, steps=12):
+    """The angles of the first steps of a plain network with random gradients."""
+    layers = [torch.nn.Linear(8, 8) for _ in range(depth)]
+    model = torch.nn.Sequential(*layers)
+    optimizer = AutoNero(model, initial_theta=theta)
+    angles = []
+    for t in range(steps):
+        generator = torch.Generator().manual_seed(t)
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+        angles.append(optimizer.theta.item())
+    return angles
+
+
+def test_a_small_first_angle_doubles_until_it_is_one_whatever_the_slopes_say():
+    angles = first_angles(4, 1e-5)
+    assert angles[:10] == torch.tensor([1e-5 * 2**t for t in range(10)]).tolist()
+    assert 0.8 < angles[10] / angles[9] < 1.2  # the feedback from here on
+    assert 0.8 < first_angles(4, 0.01)[1] / 0.01 < 1.2
+
+
+def test_the_first_angle_is_small_enough_for_the_number_of_matrices():
+    assert math.isclose(first_angles(4, 0.3)[0], 1 / 8, rel_tol=1e-6)
+    assert math.isclose(first_angles(20, 0.3)[0], 1 / 40, rel_tol=1e-6)
+    assert math.isclose(first_angles(1, 0.3)[0], 0.3, rel_tol=1e-6)

@@ -81,7 +81,9 @@ class Reference:
     def __init__(self, variables: dict[str, Variable], theta0: float = THETA0) -> None:
         self.variables = variables
         self.t = 0
-        self.theta, self.rho, self.C, self.G, self.f = theta0, 0.0, 0.0, 0.0, 1.0
+        matrices = sum(variable.family in ("hidden", "head") for variable in variables.values())
+        self.theta0, self.theta = theta0, min(theta0, 1 / (2 * max(matrices, 1)))
+        self.rho, self.C, self.G, self.f = 0.0, 0.0, 0.0, 1.0
         self.c, self.e, self.q, self.B = 0.0, 0.0, 0.0, 0.0
         self.skipped = 0
 
@@ -106,9 +108,10 @@ class Reference:
             self.e = LAMBDA * self.e + (1 - LAMBDA) * self.G
             self.rho = min(2.0, max(-2.0, self.c / self.e)) if self.e > 0 else 0.0
             exponent = KAPPA * (self.rho + TAU / math.sqrt(1 + self.t / T))
-            self.theta *= math.exp(exponent)
+            begins = self.theta0 * 2 ** (self.t - 1) < 0.01
+            self.theta *= 2 if begins else math.exp(exponent)
             heat = self.e / (1 - LAMBDA ** (self.t - 1)) * math.sqrt(self.t)
-            if self.rho > 0 or self.B == 0:
+            if self.rho > 0 or begins or self.B == 0:
                 self.B = max(self.B, self.theta * heat)
             if heat > 0:
                 self.theta = min(self.theta, self.B / heat)

@@ -36,6 +36,8 @@ from archopt.roles import Overrides, Role, group_by_treatment, parameter_roles
 
 FAMILIES = ("hidden", "head", "embedding", "vector")
 RADII = ("own", "unit", "rms")
+EMBEDDING_RADII = (*RADII, "grow")
+MOVEMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARED = ("feedback_decay", "feedback_gain", "target", "target_steps", "bound", "initial_theta", "limit")
 """Options of the one feedback that all groups share: they must agree between groups."""
 
@@ -55,13 +57,17 @@ class AutoNero(ArchOptimizer):
         target, target_steps: tau and T. The angle settles where rho = -tau / sqrt(1 + t/T).
         bound: how far sqrt(t) theta e may stand above the most that slopes have asked for; a huge
             number is no bound.
-        initial_theta: the angle of the first step, in radians.
+        initial_theta: the angle of the first step, in radians; at most 1/(2L) is taken, with L matrices (embeddings
+            not counted), since their turns multiply. One below 0.01 doubles at every step until it is there.
         limit: gradients longer than this many times their running size are shortened to it.
         radius: "own": rows of hidden matrices and heads keep their initial norms as first radii. "unit": they are
             scaled to norm 1 at construction, which very deep plain networks need.
-        embedding_radius: "rms": rows of embeddings are scaled to RMS 1 at construction, and keep it. "own": they
-            keep the norm that they have, which a trained network needs.
+        embedding_radius: "rms": rows of embeddings are scaled to RMS 1 at construction, and keep it. "grow":
+            nothing is scaled; shorter rows take plain steps until these have brought them there. "own": they keep
+            the norm that they have, which a trained network needs.
         orthogonalise: "newton-schulz", or "svd", exact and slow.
+        movement_dtype: in what the last movement is kept: "float32" (wider where the weights are), or "bfloat16",
+            which takes 2 bytes a weight less. Only the feedback reads it.
         roles: overrides, pattern of a parameter's name -> role (see `parameter_roles`).
         maximize: ascend instead.
         foreach: join tensors of equal shape, and vectors; None chooses (True).
@@ -119,6 +125,7 @@ class AutoNero(ArchOptimizer):
         radius: str = "own",
         embedding_radius: str = "rms",
         orthogonalise: str = "newton-schulz",
+        movement_dtype: str = "float32",
         roles: Overrides | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -150,6 +157,7 @@ class AutoNero(ArchOptimizer):
             "radius": radius,
             "embedding_radius": embedding_radius,
             "orthogonalise": orthogonalise,
+            "movement_dtype": movement_dtype,
             "family": "hidden",
             "neuron_dim": 0,
             "channel_groups": 1,
@@ -205,8 +213,9 @@ class AutoNero(ArchOptimizer):
             "AutoNero", "initial_theta", group["initial_theta"], low=THETA_RANGE[0], high=THETA_RANGE[1]
         )
         check_choice("AutoNero", "radius", group["radius"], RADII)
-        check_choice("AutoNero", "embedding_radius", group["embedding_radius"], RADII)
+        check_choice("AutoNero", "embedding_radius", group["embedding_radius"], EMBEDDING_RADII)
         check_choice("AutoNero", "orthogonalise", group["orthogonalise"], METHODS)
+        check_choice("AutoNero", "movement_dtype", group["movement_dtype"], MOVEMENT_DTYPES)
         check_choice("AutoNero", "family", group["family"], FAMILIES)
         check_forms("AutoNero", group)
         for name in SHARED if self.param_groups else ():
@@ -222,7 +231,7 @@ class AutoNero(ArchOptimizer):
 
     def _constrain_group(self, group: dict[str, Any]) -> None:
         for param in self._trainable(group):
-            if _first_radius(group) != "own" and _dims(param, group):
+            if _first_radius(group) in ("unit", "rms") and _dims(param, group):
                 self._unscaled = [*self._unscaled, (param, param.detach().clone())]
                 _scale_(param, group)
 
@@ -246,15 +255,18 @@ class AutoNero(ArchOptimizer):
         state = {
             "step": torch.zeros((), dtype=torch.float32, device=param.device),
             "exp_avg": zeros,
-            "movement": zeros.clone(),
+            "movement": torch.zeros_like(zeros, dtype=_movement_dtype(exact, group)),
             "feedback": self._new_feedback(),
         }
         if dims := _dims(param, group):
             norm = row_norm(as_rows(param.detach(), group["channel_groups"]), dims)
-            fan_in = param.numel() / norm.numel()
-            grown = torch.full_like(norm, fan_in**0.5 if group["family"] == "embedding" else GROWN_NORM)
-            grown = torch.where((norm > 0).any(), median_of_positive(norm), grown)
-            grows_to = torch.where(norm > 0, 0.0, grown)
+            rms_1 = (param.numel() / norm.numel()) ** 0.5
+            grown = torch.full_like(norm, rms_1 if group["family"] == "embedding" else GROWN_NORM)
+            if _first_radius(group) == "grow":
+                grows_to = torch.where(norm < grown, grown, 0.0)
+            else:
+                grown = torch.where((norm > 0).any(), median_of_positive(norm), grown)
+                grows_to = torch.where(norm > 0, 0.0, grown)
             return {**state, "exp_avg_sq": torch.zeros_like(norm), "radius": norm, "grows_to": grows_to}
         none = zeros.new_empty(0)
         return {**state, "exp_avg_sq": zeros.clone(), "radius": none, "grows_to": none.clone()}
@@ -266,7 +278,14 @@ class AutoNero(ArchOptimizer):
         double = any(param.dtype == torch.float64 for param in trainable)
         dtype = torch.float64 if double else torch.float32
         feedback = torch.zeros(len(Feedback._fields), dtype=dtype, device=trainable[0].device)
-        Feedback(*feedback.unbind()).theta.fill_(self.param_groups[0]["initial_theta"])
+        depth = sum(
+            group["family"] in ("hidden", "head")
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        )
+        first = min(self.param_groups[0]["initial_theta"], 1 / (2 * max(depth, 1)))
+        Feedback(*feedback.unbind()).theta.fill_(first)
         return feedback
 
     def _held_feedback(self) -> Tensor | None:
@@ -394,6 +413,12 @@ def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     if group["family"] == "vector":
         return ()
     return fan_in_dims(param.shape, group["neuron_dim"], group["channel_groups"])
+
+
+def _movement_dtype(exact: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
+    """What the movement is kept in, for a tensor whose statistics are `exact`."""
+    asked = MOVEMENT_DTYPES[group["movement_dtype"]]
+    return exact if asked == torch.float32 else asked
 
 
 def _pack(feedback: Feedback, dtype: torch.dtype, **changed: Tensor) -> Tensor:

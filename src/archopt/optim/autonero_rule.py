@@ -7,8 +7,8 @@ For all tensors together, at step t = 1, 2, ... with gradients g:
     q     <-  beta2 q + (1 - beta2) ||g||^2                          (of the limited gradients)
     C      =  sum <g, d>,   c <- lambda c + (1 - lambda) C,   e <- lambda e + (1 - lambda) G
     rho    =  clip(c / e, -2, 2)                                     (0 where e <= 0)
-    theta <-  theta exp(kappa (rho + tau / sqrt(1 + t/T)))                     (from the second step)
-    eh     =  sqrt(t) e / (1 - lambda^(t-1)),   B <- max(B, theta eh) where rho > 0 (and at first)
+    theta <-  theta exp(kappa (rho + tau / sqrt(1 + t/T)))           (from the second step; 2 theta while it begins)
+    eh     =  sqrt(t) e / (1 - lambda^(t-1)),   B <- max(B, theta eh) where rho > 0 (and while it begins)
     theta <-  clip(min(theta, B/eh), 1e-6, 1)                        (bound)
 
 and then for every tensor, with rows w of radius R, averages m of g and v of ||g||^2 (of g^2 in a vector):
@@ -20,6 +20,9 @@ and then for every tensor, with rows w of radius R, averages m of g and v of ||g
     R'     =  R exp(-theta <gh, w> / (2 R s))                        (hidden, head)
     w'     =  R' (w - theta u) / ||w - theta u||                     (rows; p' = p - theta u for entries)
     d      =  (w - w') / theta,   G = sum <gh, d>
+
+theta begins at initial_theta, or at 1/(2L) with L matrices where that is less, and doubles at each step in which
+initial_theta 2^(t-1) < 0.01.
 
 C is the fresh gradient along the movement made before it was computed, so c/e near 1 says that the slope has not
 changed (the step was far too short), 0 that the step was the best single one. theta e is the gain that recent steps
@@ -39,6 +42,7 @@ from archopt.optim.matrices import nonzero
 from archopt.optim.orthogonalise import orthogonalise
 
 THETA_RANGE = (1e-6, 1.0)
+BEGUN = 0.01  # an angle from which on theta follows the feedback; smaller ones double first
 RHO_RANGE = (-2.0, 2.0)
 FAN_IN = (-1,)  # the dimension of `Rows` that a row sums over
 GROWN_NORM = 3**-0.5  # norm of a row as torch.nn.Linear initialises it; where rows that start at zero grow up
@@ -83,8 +87,10 @@ def feedback_update(
     rho = torch.where(expected > 0, slope / expected, 0.0).clamp(*RHO_RANGE)
     target = options["target"] / (1 + t / options["target_steps"]).sqrt()
     theta = past.theta * torch.exp(options["feedback_gain"] * (rho + target))
+    begins = options["initial_theta"] * 2.0**past.steps < BEGUN
+    theta = torch.where(begins, 2 * past.theta, theta)
     heat = t.sqrt() * expected / bias_correction(options["feedback_decay"], past.steps)
-    asked = (rho > 0) | (past.bound == 0)
+    asked = (rho > 0) | begins | (past.bound == 0)
     bound = torch.where(asked, torch.maximum(past.bound, theta * heat), past.bound)
     allowed = torch.where(heat > 0, options["bound"] * bound / heat, theta)
     theta = torch.minimum(theta, allowed).clamp(*THETA_RANGE)
