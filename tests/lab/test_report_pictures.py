@@ -1,6 +1,7 @@
 """The report's looks: axes, labels and colours; and that its pictures are valid and tell what they should."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from archopt.lab.report.charts import figures, learning_curves, sensitivity, time_to_target
+from archopt.lab.report.horizon import horizons
 from archopt.lab.report.load import load
 from archopt.lab.report.panels import Figure
 from archopt.lab.report.render import vega_lite_version
@@ -284,3 +286,38 @@ def test_a_metric_that_is_no_fraction_is_not_spaced_as_one(tmp_path: Path):
     figure = sensitivity(found, looks(found))
     assert figure is not None
     assert "logarithm" not in figure.caption
+
+
+# -- several lengths of one workload ---------------------------------------------------------------------------
+
+
+def test_a_workload_in_several_lengths_shows_what_a_horizon_is_worth(tmp_path: Path):
+    write_comparison(tmp_path, optimizers=(NERO, FREE), lrs=(0.001, 0.01), seeds=(0, 1), steps=300)
+    comparison = json.loads((tmp_path / "comparison.json").read_text())
+    (short,) = comparison["workloads"]
+    long = {**short, "folder": "digits-small-long", "options": {"width": 64, "steps": 900}}
+    wide = {**short, "folder": "digits-small-wide", "options": {"width": 128, "steps": 900}}
+    short["options"] = {"width": 64, "steps": 300}
+    comparison["workloads"] = [long, short, wide]
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison))
+    for folder in ("digits-small-long", "digits-small-wide"):
+        for invented, lr in ((NERO, 0.01), (FREE, None)):
+            for seed in (0, 1):
+                write_run(tmp_path / folder, invented, lr, seed, steps=900)
+    summaries = summarise(load(tmp_path))
+    (figure,) = horizons(summaries, looks(summaries[0]))  # the wide one has one length
+    assert figure.subject == "digits"
+    drawn = rows_of(figure)
+    tuned = [row for row in drawn if row["optimiser"] == "nero" and row.get("marked")]
+    assert {row["x"] for row in tuned} == {300, 900}
+    best = {row.optimizer.label: row.leading.final for row in summaries[0].rows}
+    last = max(tuned, key=lambda row: row["x"])
+    assert 1 - last["y"] == pytest.approx(best["nero"].mean, rel=1e-3)
+    free = {row["x"] for row in drawn if row["optimiser"] == "agd" and "marked" in row}
+    assert free == set(range(315, 901, 45))  # its evaluations after the shortest length
+    everything = [figure.name for figure in figures(summaries, looks(summaries[0]))[-1]]
+    assert everything == ["profile", "regret", figure.name]
+
+
+def test_a_single_length_has_no_horizon(summary: Summary):
+    assert horizons([summary, summary], looks(summary)) == []

@@ -250,7 +250,12 @@ def compare_command(args: list[str]) -> int:
     asked = options.parse(Compare, args, prog="archopt compare", description=COMPARE_HELP)
     if not asked.workloads:
         raise LabError("archopt compare needs a workload: names from `archopt list` or files, ./mine.py")
-    return _compare(plan(asked, shlex.join(["archopt", "compare", *args])))
+    return _compare(plan(asked, " ".join(["archopt", "compare", *map(_quoted, args)])))
+
+
+def _quoted(arg: str) -> str:
+    """An argument as a shell takes it; in double quotes where it has single ones, which shlex would spell '"'"'."""
+    return f'"{arg}"' if "'" in arg and not set(arg) & set('"$`\\!') else shlex.quote(arg)
 
 
 def plan(asked: Compare, command: str) -> Plan:

@@ -7,6 +7,7 @@ from typing import TypeVar
 import altair as alt
 
 from archopt.lab.report import text
+from archopt.lab.report.horizon import horizons
 from archopt.lab.report.load import Point, Run, finite
 from archopt.lab.report.panels import (
     HEIGHT,
@@ -58,7 +59,8 @@ def figures(summaries: Sequence[Summary], styles: Styles) -> list[list[Figure]]:
         ]
         for summary in summaries
     ]
-    groups.append([profile(summaries, styles), regrets(summaries, styles)] if len(summaries) > 1 else [])
+    over_all = [profile(summaries, styles), regrets(summaries, styles), *horizons(summaries, styles)]
+    groups.append(over_all if len(summaries) > 1 else [])
     return [[figure for figure in group if figure is not None] for group in groups]
 
 
