@@ -1,4 +1,4 @@
-"""What docs/autonero.md proves of AutoNero's feedback, seen in the rule itself on quadratics with noisy gradients."""
+"""What docs/autonero.md proves of the feedback, seen in the rule itself on quadratics with noisy gradients."""
 
 import math
 
