@@ -10,6 +10,8 @@ _PLACES = {
     "mnist-mlp100": "archopt.lab.workloads.mnist_mlp100:MnistMLP100",
     "mnist-cwn": "archopt.lab.workloads.mnist_cwn:MnistCWN",
     "cifar10-resnet-small": "archopt.lab.workloads.cifar10_resnet_small:CIFAR10ResNetSmall",
+    "cifar10-vgg11": "archopt.lab.workloads.cifar10_vgg11:CIFAR10VGG11",
+    "cifar10-resnet18": "archopt.lab.workloads.cifar10_resnet18:CIFAR10ResNet18",
     "shakespeare-gpt": "archopt.lab.workloads.shakespeare_gpt:ShakespeareGPT",
     "shakespeare-lstm": "archopt.lab.workloads.shakespeare_lstm:ShakespeareLSTM",
 }
