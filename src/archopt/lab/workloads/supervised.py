@@ -54,13 +54,13 @@ def score(
         logits = model(inputs).float()
         loss = loss + F.cross_entropy(logits, targets, reduction="sum").cpu()
         for place, k in enumerate(ranks):
-            correct[place] = correct[place] + _among_largest(logits, targets, k).sum().cpu()
+            correct[place] = correct[place] + among_largest(logits, targets, k).sum().cpu()
         rows += len(targets)
     mean = float(loss) / rows
     return mean, [float(count) / rows if math.isfinite(mean) else math.nan for count in correct]
 
 
-def _among_largest(logits: Tensor, targets: Tensor, k: int) -> Tensor:
+def among_largest(logits: Tensor, targets: Tensor, k: int) -> Tensor:
     """Whether each row's target is among its k largest logits."""
     if k == 1:
         return logits.argmax(1) == targets
