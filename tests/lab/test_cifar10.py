@@ -22,7 +22,8 @@ from archopt.lab.data.folder import md5, sha256
 from archopt.lab.errors import Interrupted
 from archopt.lab.experiment import Experiment, WorkloadChoice, open_experiment
 from archopt.lab.models.resnet import ResNet
-from archopt.lab.workloads.cifar10_resnet_small import CIFAR10ResNetSmall, cropped_and_mirrored, normalized
+from archopt.lab.pictures import CIFAR10_MEAN, cropped_and_mirrored, normalized
+from archopt.lab.workloads.cifar10_resnet_small import STD, CIFAR10ResNetSmall
 from lab.running import StopAt, bits, lines, run
 from real_data import real_data, real_data_path
 
@@ -279,7 +280,7 @@ def test_pictures_are_normalised_and_augmented_by_seed_and_step_alone() -> None:
     plain, targets = workload.batch(3, seed=1)
     assert torch.equal(targets, same)
     assert not torch.equal(plain, images)
-    known = normalized(workload.train_inputs)
+    known = normalized(workload.train_inputs, CIFAR10_MEAN, STD)
     assert all((known == picture).flatten(1).all(1).any() for picture in plain)
 
 

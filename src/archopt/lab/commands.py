@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from tyro.conf import Positional, arg
 
 from archopt.lab import options
 from archopt.lab.calls import folder_name, parse_call, split_list
+from archopt.lab.comparisons import COMPARISONS, NamedComparison, at_rates, spelled
 from archopt.lab.data import default_data_folder, fetch, import_folder, list_sets
 from archopt.lab.errors import LabError
 from archopt.lab.experiment import WorkloadChoice, make_workload, open_experiment, workload_class
@@ -28,9 +29,10 @@ from archopt.lab.progress import RunProgress, SweepProgress
 from archopt.lab.record import run_path
 from archopt.lab.sweep import sweep
 from archopt.lab.train import Settings, train
-from archopt.lab.user_files import describe, load_object
+from archopt.lab.user_files import describe, is_file, load_object
 from archopt.lab.workload import Workload
 from archopt.lab.workloads import registry
+from archopt.optim.base import nearest
 from archopt.roles import parameter_roles
 
 OUT = Path("runs")
@@ -222,7 +224,8 @@ class Compare(Running):
     """Options of `archopt compare`."""
 
     workloads: Annotated[Positional[tuple[str, ...]], arg(metavar="WORKLOAD...")] = ()
-    """Names from `archopt list` or files of your own, with options where wanted: "digits(model='cnn')"."""
+    """Names from `archopt list` or files of your own, with options where wanted: "digits(model='cnn')". Or the
+    name of one published comparison from there, which brings all but the preset; options given here win over it."""
     optimizers: Annotated[str, arg(metavar="A,B,...")] = "nero,agd,sgd,adamw"
     """Names from `archopt list` or package.module:Class, with options where wanted: 'sgd(momentum=0.9),nero'."""
     lrs: Annotated[str, arg(metavar="WHICH")] = "grid"
@@ -250,7 +253,49 @@ def compare_command(args: list[str]) -> int:
     asked = options.parse(Compare, args, prog="archopt compare", description=COMPARE_HELP)
     if not asked.workloads:
         raise LabError("archopt compare needs a workload: names from `archopt list` or files, ./mine.py")
+    if (named := _named(asked.workloads)) is not None:
+        usual = Compare(**spelled(named))
+        given = options.parse(Compare, args, prog="archopt compare", description=COMPARE_HELP, default=usual)
+        asked = of_comparison(named, given)
     return _compare(plan(asked, " ".join(["archopt", "compare", *map(_quoted, args)])))
+
+
+def _named(names: Sequence[str]) -> NamedComparison | None:
+    """The published comparison that is asked for, or None. Raises LabError where it is not the only name."""
+    calls = [parse_call(text) for text in names]
+    for call in calls:
+        if call.name in COMPARISONS and (len(calls) > 1 or call.options):
+            raise LabError(
+                f"{call.name} is a comparison: give its name alone and change it by options (--optimizers, --lrs, "
+                "--seeds, --preset), or name the workloads"
+            )
+        known = [*registry(), *COMPARISONS]
+        if not is_file(call.name) and call.name not in known:
+            hint = nearest(call.name, known)
+            raise LabError(
+                f"no workload and no comparison {call.name!r}{hint} (there are {', '.join(known)}, or a file: "
+                "./mine.py)"
+            )
+    return COMPARISONS.get(calls[0].name)
+
+
+def of_comparison(named: NamedComparison, given: Compare) -> Compare:
+    """What a published comparison and the options given with its name ask for.
+
+    Without `--lrs` the rates are the published ones alone: an optimiser's default is not added to them.
+    """
+    usual = spelled(named)
+    optimizers = given.optimizers
+    if given.lrs == usual["lrs"]:
+        optimizers = ",".join(at_rates(text, named.lrs) for text in split_list(optimizers))
+    tuning, seeds = given.tuning_seeds, options.integers(given.seeds, "--seeds")
+    if tuning is not None and tuning == usual.get("tuning_seeds"):
+        kept = [seed for seed in named.tuning_seeds or () if seed in seeds]
+        tuning = ",".join(map(str, kept or seeds[:1]))  # of other seeds, the first tunes
+    out = given.out or OUT / f"compare-{named.name}-{given.preset}"
+    return dataclasses.replace(
+        given, workloads=named.workloads, optimizers=optimizers, tuning_seeds=tuning, out=out
+    )
 
 
 def _quoted(arg: str) -> str:
@@ -340,13 +385,20 @@ class List:
 
 def list_command(args: list[str]) -> int:
     """`archopt list`: what there is to train, with what, and on what data."""
-    text = "Lists the workloads, the optimisers and the data sets, and says which of them can be used here."
+    text = (
+        "Lists the workloads, the published comparisons, the optimisers and the data sets, and says which of them "
+        "can be used here."
+    )
     asked = options.parse(List, args, prog="archopt list", description=text)
     console = Console()
     workloads = _table("workload", "what it is", "options")
     for name, cls in registry().items():
         workloads.add_row(name, cls.summary, ", ".join(f.name for f in dataclasses.fields(cls)))
     console.print(workloads)
+    comparisons = _table("comparison", "what it is", "source", "workloads")
+    for named in COMPARISONS.values():
+        comparisons.add_row(named.name, named.summary, named.source, ", ".join(named.workloads))
+    console.print(comparisons)
     optimizers = _table("optimiser", "what it is", "default lr")
     for entry in ENTRIES.values():
         why = entry.unavailable

@@ -194,6 +194,7 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
         "metric": asdict(workload.metric),
         "options": experiment.options,
         "changed": experiment.changed,
+        "data_note": workload.data_note,
     }
 
 

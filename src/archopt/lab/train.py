@@ -94,6 +94,8 @@ def run_config(
         "compile": settings.compile,
         "clip_norm": clip_norm(experiment, settings),
     }
+    if workload.data_note:
+        config["data_note"] = workload.data_note
     if experiment.source is not None:
         config["source"] = experiment.source
     if choice.entry.source is not None:

@@ -96,6 +96,11 @@ class Workload:
         """Steps in one pass over the data, for the axes of pictures."""
         return self.eval_every
 
+    @property
+    def data_note(self) -> str:
+        """Where the data at hand are less than the published set, what there is, in a few words for titles."""
+        return ""
+
     def schedule(self, step: int) -> float:
         """Multiplier of the learning rate at a step, counted from 0. Not applied to rules without a rate."""
         return 1.0

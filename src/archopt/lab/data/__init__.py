@@ -4,6 +4,7 @@ from archopt.lab.data.cifar10 import load_cifar10
 from archopt.lab.data.digits import load_digits
 from archopt.lab.data.folder import DataError, DataFolder, default_data_folder
 from archopt.lab.data.idx import read_idx
+from archopt.lab.data.image_folder import ImageFolder, load_image_folder
 from archopt.lab.data.mnist import load_mnist
 from archopt.lab.data.sets import SetInfo, list_sets
 from archopt.lab.data.tinyshakespeare import load_tinyshakespeare
@@ -12,6 +13,7 @@ from archopt.lab.data.transfer import Progress, fetch, import_folder
 __all__ = [
     "DataError",
     "DataFolder",
+    "ImageFolder",
     "Progress",
     "SetInfo",
     "default_data_folder",
@@ -20,6 +22,7 @@ __all__ = [
     "list_sets",
     "load_cifar10",
     "load_digits",
+    "load_image_folder",
     "load_mnist",
     "load_tinyshakespeare",
     "read_idx",

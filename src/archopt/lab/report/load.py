@@ -119,6 +119,8 @@ class Workload:
     runs: tuple[Run, ...]
     extra: tuple[Run, ...]
     """Runs found in the folder that the comparison does not ask for: listed, and counted nowhere."""
+    data_note: str = ""
+    """Where the data were less than the published set: what there was."""
 
     @property
     def trained(self) -> list[Run]:
@@ -129,6 +131,7 @@ class Workload:
     def title(self) -> str:
         told = [self.preset] if self.preset else []
         told += [f"{name}={value!r}" for name, value in self.changed.items()]
+        told += [self.data_note] if self.data_note else []
         return f"{self.name} ({', '.join(told)})" if told else self.name
 
     @property
@@ -227,6 +230,7 @@ def _found(folder: Path) -> Comparison:
                 changed={},
                 runs=runs,
                 extra=(),
+                data_note=str(config.get("data_note") or ""),
             )
         )
         for run in runs:
@@ -290,6 +294,7 @@ def _workload(
         changed=entry.get("changed") or {},
         runs=tuple(asked),
         extra=tuple(found.values()),
+        data_note=str(entry.get("data_note") or ""),
     )
 
 

@@ -24,39 +24,12 @@ from torch import Tensor, nn
 from archopt.lab import seeds
 from archopt.lab.data import DataFolder, load_cifar10
 from archopt.lab.models.resnet import ResNet
+from archopt.lab.pictures import CIFAR10_MEAN, cropped_and_mirrored, normalized
 from archopt.lab.workload import Metric
 from archopt.lab.workloads.schedules import WARMUP, Schedule, check_schedule, multiplier
 from archopt.lab.workloads.supervised import Supervised, check_positive, labels
 
-WHITE = 255.0
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-PADDING = 4
-
-
-def normalized(images: Tensor) -> Tensor:
-    """uint8 images (n, 3, h, w) as float32, by channel (x / 255 - mean) / std."""
-    mean, std = (images.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (MEAN, STD))
-    return (images.float() / WHITE - mean) / std
-
-
-def cropped_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by -4 to 4 pixels both ways, black where nothing was, and every second one mirrored.
-
-    Same shape (n, 3, h, w) and type. What happens to an image depends on the generator, a CPU's, alone.
-    """
-    count, channels, height, width = images.shape
-    down, right = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator)
-    mirror = torch.rand(count, 1, generator=generator) < 0.5
-    rows = down + torch.arange(height)
-    columns = right + torch.arange(width)
-    columns = torch.where(mirror, columns.flip(1), columns)
-    padded = nn.functional.pad(images, (PADDING,) * 4)
-    return padded[
-        torch.arange(count).view(-1, 1, 1, 1).to(images.device),
-        torch.arange(channels).view(1, -1, 1, 1).to(images.device),
-        rows.view(count, 1, height, 1).to(images.device),
-        columns.view(count, 1, 1, width).to(images.device),
-    ]
+STD = (0.2470, 0.2435, 0.2616)
 
 
 @dataclass
@@ -91,7 +64,7 @@ class CIFAR10ResNetSmall(Supervised):
         cifar = load_cifar10(data, self.train_images, self.test_images)
         self.hold(
             (torch.from_numpy(cifar.train_images), labels(cifar.train_labels)),
-            (normalized(torch.from_numpy(cifar.test_images)), labels(cifar.test_labels)),
+            (normalized(torch.from_numpy(cifar.test_images), CIFAR10_MEAN, STD), labels(cifar.test_labels)),
         )
 
     def build(self) -> nn.Module:
@@ -105,4 +78,4 @@ class CIFAR10ResNetSmall(Supervised):
         if self.augment:
             generator = torch.Generator().manual_seed(seeds.mix(seed, step, seeds.BATCH))
             images = cropped_and_mirrored(images, generator)
-        return normalized(images), targets
+        return normalized(images, CIFAR10_MEAN, STD), targets

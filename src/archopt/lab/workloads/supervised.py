@@ -1,6 +1,7 @@
 """What workloads share that learn targets from inputs, both held in memory as tensors."""
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,37 @@ def labels(values: NDArray[np.uint8]) -> Tensor:
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     """The share of rows whose largest logit is the target's, 0-d float32."""
     return (logits.argmax(1) == targets).float().mean()
+
+
+def by_rows(inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows for `score`, as many at once as an evaluation takes."""
+    return zip(torch.split(inputs, EVALUATION_ROWS), torch.split(targets, EVALUATION_ROWS))
+
+
+def score(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Sequence[int] = (1,)
+) -> tuple[float, list[float]]:
+    """Mean cross-entropy over all rows and, for each k of `ranks`, the share with the target among the k largest.
+
+    Where logits are not finite neither is a share: the largest of them would mean nothing.
+    """
+    rows, loss, correct = 0, torch.zeros(()), [torch.zeros(()) for _ in ranks]
+    for inputs, targets in batches:
+        logits = model(inputs).float()
+        loss = loss + F.cross_entropy(logits, targets, reduction="sum").cpu()
+        for place, k in enumerate(ranks):
+            correct[place] = correct[place] + among_largest(logits, targets, k).sum().cpu()
+        rows += len(targets)
+    mean = float(loss) / rows
+    return mean, [float(count) / rows if math.isfinite(mean) else math.nan for count in correct]
+
+
+def among_largest(logits: Tensor, targets: Tensor, k: int) -> Tensor:
+    """Whether each row's target is among its k largest logits."""
+    if k == 1:
+        return logits.argmax(1) == targets
+    largest = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (largest == targets.unsqueeze(1)).any(1)
 
 
 def check_positive(workload: Workload, *names: str) -> None:
@@ -107,18 +139,6 @@ class Supervised(Workload):
         return F.cross_entropy(logits, targets), {"accuracy": accuracy(logits, targets)}
 
     def evaluate(self, models: dict[str, nn.Module]) -> dict[str, float]:
-        """Mean cross-entropy and accuracy over the whole test set: `test_loss`, `test_accuracy`.
-
-        Where logits are not finite neither is the accuracy: the largest of them would mean nothing.
-        """
-        model = models["model"]
-        loss, correct = torch.zeros(()), torch.zeros(())
-        for inputs, targets in zip(
-            torch.split(self.test_inputs, EVALUATION_ROWS), torch.split(self.test_targets, EVALUATION_ROWS)
-        ):
-            logits = model(inputs).float()
-            loss = loss + F.cross_entropy(logits, targets, reduction="sum").cpu()
-            correct = correct + (logits.argmax(1) == targets).sum().cpu()
-        mean_loss = float(loss) / len(self.test_targets)
-        share = float(correct) / len(self.test_targets)
-        return {"test_loss": mean_loss, "test_accuracy": share if math.isfinite(mean_loss) else math.nan}
+        """Mean cross-entropy and accuracy over the whole test set: `test_loss`, `test_accuracy`."""
+        loss, (share,) = score(models["model"], by_rows(self.test_inputs, self.test_targets))
+        return {"test_loss": loss, "test_accuracy": share}
