@@ -8,6 +8,7 @@ from archopt.lab.data.mnist import load_mnist
 from archopt.lab.data.sets import SetInfo, list_sets
 from archopt.lab.data.tinyshakespeare import load_tinyshakespeare
 from archopt.lab.data.transfer import Progress, fetch, import_folder
+from archopt.lab.data.wikitext2 import load_wikitext2
 
 __all__ = [
     "DataError",
@@ -22,5 +23,6 @@ __all__ = [
     "load_digits",
     "load_mnist",
     "load_tinyshakespeare",
+    "load_wikitext2",
     "read_idx",
 ]
