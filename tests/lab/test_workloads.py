@@ -184,7 +184,7 @@ def test_the_registry_lists_names_without_importing_workloads() -> None:
     code = (
         "import sys; from archopt.lab.workloads import registry; names = list(registry()); "
         "assert names == ['digits', 'mnist-mlp100', 'mnist-cwn', 'cifar10-resnet-small', 'shakespeare-gpt', "
-        "'shakespeare-lstm'], names; "
+        "'shakespeare-lstm', 'wikitext2-transformer'], names; "
         "assert 'archopt.lab.workloads.digits' not in sys.modules"
     )
     subprocess.run(

@@ -29,7 +29,9 @@ def test_the_angle_settles_where_the_proposition_says(target: float, curvature: 
     generator = torch.Generator().manual_seed(0)
     seen = []
     for t in range(STEPS):
-        x.grad = curvature * x.detach() + noise * torch.randn(ENTRIES, generator=generator, dtype=torch.float64)
+        x.grad = curvature * x.detach() + noise * torch.randn(
+            ENTRIES, generator=generator, dtype=torch.float64
+        )
         optimizer.step()
         if t >= SETTLED:
             seen.append([float(optimizer.theta), float(optimizer.rho), float(x.detach().square().mean())])

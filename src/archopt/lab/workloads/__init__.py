@@ -12,6 +12,7 @@ _PLACES = {
     "cifar10-resnet-small": "archopt.lab.workloads.cifar10_resnet_small:CIFAR10ResNetSmall",
     "shakespeare-gpt": "archopt.lab.workloads.shakespeare_gpt:ShakespeareGPT",
     "shakespeare-lstm": "archopt.lab.workloads.shakespeare_lstm:ShakespeareLSTM",
+    "wikitext2-transformer": "archopt.lab.workloads.wikitext2_transformer:WikiText2Transformer",
 }
 
 
