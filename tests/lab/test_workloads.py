@@ -184,7 +184,7 @@ def test_the_registry_lists_names_without_importing_workloads() -> None:
     code = (
         "import sys; from archopt.lab.workloads import registry; names = list(registry()); "
         "assert names == ['digits', 'mnist-mlp100', 'mnist-cwn', 'cifar10-resnet-small', 'shakespeare-gpt', "
-        "'shakespeare-lstm', 'wikitext2-transformer'], names; "
+        "'shakespeare-lstm', 'wikitext2-transformer', 'multi30k-transformer', 'wmt16'], names; "
         "assert 'archopt.lab.workloads.digits' not in sys.modules"
     )
     subprocess.run(
@@ -195,7 +195,7 @@ def test_the_registry_lists_names_without_importing_workloads() -> None:
 @pytest.mark.parametrize("name", list(registry()))
 def test_every_workload_keeps_the_protocol(name: str) -> None:
     found = registry()[name]
-    assert found.name == name
+    assert found.name == {"wmt16": "multi30k-transformer"}.get(name, name)
     assert found.summary
     assert set(found.presets) == {"paper", "small", "smoke"}
     for options in found.presets.values():

@@ -5,6 +5,7 @@ from archopt.lab.data.digits import load_digits
 from archopt.lab.data.folder import DataError, DataFolder, default_data_folder
 from archopt.lab.data.idx import read_idx
 from archopt.lab.data.mnist import load_mnist
+from archopt.lab.data.multi30k import load_multi30k
 from archopt.lab.data.sets import SetInfo, list_sets
 from archopt.lab.data.tinyshakespeare import load_tinyshakespeare
 from archopt.lab.data.transfer import Progress, fetch, import_folder
@@ -22,6 +23,7 @@ __all__ = [
     "load_cifar10",
     "load_digits",
     "load_mnist",
+    "load_multi30k",
     "load_tinyshakespeare",
     "load_wikitext2",
     "read_idx",
