@@ -221,6 +221,10 @@ def _user_entry(name: str) -> Entry:
     )
 
 
+NOT_OPTIONS = ("lr", "clip_norm")
+"""What a workload's settings may hold beside options of the optimiser."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """An optimiser as asked for: an entry, and options that differ from its defaults."""
@@ -251,10 +255,13 @@ class Choice:
         lr = settings.get(self.entry.name, {}).get("lr")
         return None if lr is None or self.own_lrs or not self.entry.rate else float(lr)
 
+    def _published(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The options that a workload's settings name."""
+        return {k: v for k, v in settings.get(self.entry.name, {}).items() if k not in NOT_OPTIONS}
+
     def resolved(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """All options but `lr`: the entry's defaults, the workload's published settings, what was asked for."""
-        published = {k: v for k, v in settings.get(self.entry.name, {}).items() if k != "lr"}
-        options = {**self.entry.signature, **published, **self.options}
+        options = {**self.entry.signature, **self._published(settings), **self.options}
         if not self.entry.home.startswith("archopt."):
             return options
         # Our rules resolve what is left to them (None) at construction; the record says to what.
@@ -266,8 +273,7 @@ class Choice:
         self, model: nn.Module, lr: float | None, settings: Mapping[str, Mapping[str, Any]]
     ) -> Optimizer:
         """The optimiser for a model, ready to step. Raises LabError, with the rule's words, where it refuses."""
-        given = {k: v for k, v in settings.get(self.entry.name, {}).items() if k != "lr"}
-        options = {**self.entry.defaults, **given, **self.options}
+        options = {**self.entry.defaults, **self._published(settings), **self.options}
         if self.entry.rate and lr is not None:
             options["lr"] = lr
         try:

@@ -64,9 +64,13 @@ class Watcher:
         """A line was added to the metrics."""
 
 
-def clip_norm(experiment: Experiment, settings: Settings) -> float | None:
-    """The norm that gradients are clipped to in this run."""
-    return experiment.workload.clip_norm if settings.clip_norm is None else settings.clip_norm
+def clip_norm(experiment: Experiment, choice: Choice, settings: Settings) -> float | None:
+    """The norm that gradients are clipped to in this run: as asked for, else as published for the optimiser."""
+    if settings.clip_norm is not None:
+        return settings.clip_norm
+    workload = experiment.workload
+    published = workload.settings.get(choice.entry.name, {}).get("clip_norm", workload.clip_norm)
+    return None if published is None else float(published)
 
 
 def run_config(
@@ -92,7 +96,7 @@ def run_config(
         "average": settings.average,
         "amp": settings.amp,
         "compile": settings.compile,
-        "clip_norm": clip_norm(experiment, settings),
+        "clip_norm": clip_norm(experiment, choice, settings),
     }
     if workload.data_note:
         config["data_note"] = workload.data_note
@@ -191,7 +195,7 @@ class Run:
         # A copy, so that what `build` and the steps hang on a workload does not reach the process's next run.
         self.workload = copy.copy(experiment.workload)
         self.seed = seed
-        self.clip_norm = clip_norm(experiment, settings)
+        self.clip_norm = clip_norm(experiment, choice, settings)
         self._choice, self._lr, self._settings = choice, lr, settings
         self._watcher = watcher
         self._device = experiment.device
@@ -466,11 +470,11 @@ class Run:
         self._save_at = perf_counter() + max(self._settings.checkpoint_seconds, took / CHECKPOINT_SHARE)
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
+        self.workload.load_state_dict(state["workload"])  # first: it may say why weights cannot fit
         for name, model in self.models.items():
             model.load_state_dict(state["models"][name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        self.workload.load_state_dict(state["workload"])
         self._clock.load_state_dict(state["clock"])
         self._means.load_state_dict(state["means"], self._device)
         self._step = state["step"]

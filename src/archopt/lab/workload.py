@@ -68,7 +68,8 @@ class Workload:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "small": {}, "smoke": {}}
     """Values of the fields by preset; fields that a preset leaves out keep their defaults."""
     settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Published settings by optimiser name: `lr`, and options that differ from the laboratory's."""
+    """Published settings by optimiser name: `lr`, options that differ from the laboratory's, and `clip_norm` where
+    the experiment clips the gradients of this optimiser to another norm than those of all."""
     lrs: ClassVar[tuple[float, ...]] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """The grid that `--lrs grid` tries."""
     clip_norm: ClassVar[float | None] = None

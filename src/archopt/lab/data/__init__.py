@@ -6,9 +6,11 @@ from archopt.lab.data.folder import DataError, DataFolder, default_data_folder
 from archopt.lab.data.idx import read_idx
 from archopt.lab.data.image_folder import ImageFolder, load_image_folder
 from archopt.lab.data.mnist import load_mnist
+from archopt.lab.data.multi30k import load_multi30k
 from archopt.lab.data.sets import SetInfo, list_sets
 from archopt.lab.data.tinyshakespeare import load_tinyshakespeare
 from archopt.lab.data.transfer import Progress, fetch, import_folder
+from archopt.lab.data.wikitext2 import load_wikitext2
 
 __all__ = [
     "DataError",
@@ -24,6 +26,8 @@ __all__ = [
     "load_digits",
     "load_image_folder",
     "load_mnist",
+    "load_multi30k",
     "load_tinyshakespeare",
+    "load_wikitext2",
     "read_idx",
 ]

@@ -1,6 +1,10 @@
 """The public data sets that the laboratory knows: their files, how to recognise them, where to get them."""
 
+import io
+import lzma
 import shlex
+import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +35,20 @@ def read_text(content: bytes, name: str = "the file") -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8)
 
 
+def member(archive: bytes, names: tuple[str, ...], where: str) -> bytes:
+    """The file of one of these names, in any folder, of a tar archive; DataError, beginning with `where`."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            for entry in tar:
+                if Path(entry.name).name in names and (stream := tar.extractfile(entry)) is not None:
+                    return stream.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(
+            f"{where} is truncated, damaged or no tar archive: {' '.join(str(error).split())}"
+        ) from error
+    raise DataError(f"{where} is the wrong archive: it has no {' and no '.join(names)}")
+
+
 @dataclass(frozen=True)
 class DataFile:
     """One file of a set, named without `.gz`. The checksum is of the unpacked content: who packed it is
@@ -43,6 +61,8 @@ class DataFile:
     """The array in the unpacked content; DataError, beginning with the name it is given, where there is none."""
     suffix: str = ".gz"
     """What stands behind the name where mirrors serve the file."""
+    also: tuple[str, ...] = ()
+    """Other names under which the file is in circulation."""
 
     @property
     def served(self) -> str:
@@ -79,6 +99,8 @@ class DataSet:
     """Addresses of folders that serve the files; tried in order."""
     archive: str | None = None
     """The tar archive in which mirrors serve all files together."""
+    packed: str | None = None
+    """The tar archive in which a data folder may hold all files together."""
 
     def fetch_command(self, folder: DataFolder) -> str:
         """The one command that gets this set into `folder`; without mirrors, from a folder that has it."""
@@ -94,12 +116,20 @@ class DataSet:
     def places(self, root: Path, file: DataFile) -> Iterator[Path]:
         """Where a file may lie below `root`, in the order in which places are tried."""
         for place in self.folders:
-            yield root / place / f"{file.name}.gz"
-            yield root / place / file.name
+            for name in (file.name, *file.also):
+                yield root / place / f"{name}.gz"
+                yield root / place / name
+        if self.packed is not None:
+            yield from (root / place / self.packed for place in self.folders)
 
     def find(self, root: Path, file: DataFile) -> Path | None:
         """The first place that holds the file, or None."""
         return next((place for place in self.places(root, file) if place.is_file()), None)
+
+    def content(self, place: Path, file: DataFile) -> bytes:
+        """A file's bytes from where `find` found it; DataError where that is an archive without it."""
+        content = place.read_bytes()
+        return content if place.name != self.packed else member(content, (file.name, *file.also), str(place))
 
     def read(self, folder: DataFolder, file: DataFile) -> NDArray[Any]:
         """A file's array, checked and its checksum recorded; DataError with the command that is needed."""
@@ -113,7 +143,7 @@ class DataSet:
                 f"{remedy}, or name the folder that has it with --data DIR"
             )
         try:
-            array = file.check(found.read_bytes(), str(found))
+            array = file.check(self.content(found, file), str(found))
         except OSError as error:
             raise DataError(f"cannot read {found}: {error.strerror}; {remedy} again") from error
         except DataError as error:
@@ -196,7 +226,72 @@ CIFAR10_HALF = DataSet(
     files=tuple(_half_file(name, checksum) for name, checksum in half_checksums().items()),
 )
 
-SETS = {known.name: known for known in (DIGITS, MNIST, TINY_SHAKESPEARE, CIFAR10, CIFAR10_HALF)}
+WIKITEXT2 = DataSet(
+    name="wikitext-2",
+    what="WikiText-2: 2,551,843 words of Wikipedia, 33,278 of them different, rare ones <unk> (S. Merity et al.)",
+    licence="CC BY-SA 3.0",
+    folders=("wikitext-2",),
+    files=(
+        DataFile(
+            "train.txt",
+            "sha256:9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+            (10_797_148,),
+            read_text,
+            suffix="",
+            also=("wiki.train.tokens",),
+        ),
+        DataFile(
+            "valid.txt",
+            "sha256:f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+            (1_121_681,),
+            read_text,
+            suffix="",
+            also=("wiki.valid.tokens",),
+        ),
+        DataFile(
+            "test.txt",
+            "sha256:d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+            (1_256_449,),
+            read_text,
+            suffix="",
+            also=("wiki.test.tokens",),
+        ),
+    ),
+    mirrors=("https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/",),
+    packed="wikitext-2.tar.xz",
+)
+
+MULTI30K = DataSet(
+    name="multi30k",
+    what="Multi30k, task 1, German and English: 29,000 + 1,014 + 1,000 pairs of sentences (D. Elliott et al.)",
+    licence="none stated; from Flickr30k's captions, for research",
+    folders=("multi30k",),
+    files=tuple(
+        DataFile(name, f"sha256:{digest}", (length,), read_text)
+        for name, length, digest in (
+            ("train.de", 2_110_398, "2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72"),
+            ("train.en", 1_801_238, "460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6"),
+            ("val.de", 75_981, "660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660"),
+            ("val.en", 63_297, "1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227"),
+            (
+                "test_2016_flickr.de",
+                70_649,
+                "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
+            ),
+            (
+                "test_2016_flickr.en",
+                62_076,
+                "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
+            ),
+        )
+    ),
+    mirrors=("https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/",),
+)
+
+SETS = {
+    known.name: known
+    for known in (DIGITS, MNIST, TINY_SHAKESPEARE, CIFAR10, CIFAR10_HALF, WIKITEXT2, MULTI30K)
+}
 
 
 def data_set(name: str) -> DataSet:

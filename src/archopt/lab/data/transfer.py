@@ -46,7 +46,8 @@ def fetch(
     there = {file: _good_copy(known, file, folder.path) for file in known.files}
     if known.archive is not None and None in there.values():
         return _fetch_archive(known, known.archive, folder.path, progress, mirrors)
-    return [copy or _fetch_file(known, file, folder.path, progress, mirrors) for file, copy in there.items()]
+    files = [copy or _fetch_file(known, file, folder.path, progress, mirrors) for file, copy in there.items()]
+    return list(dict.fromkeys(files))  # an archive holds several
 
 
 def _fetch_file(
@@ -110,7 +111,7 @@ def _good_copy(known: DataSet, file: DataFile, root: Path) -> Path | None:
     if place is None:
         return None
     try:
-        file.check(place.read_bytes(), str(place))
+        file.check(known.content(place, file), str(place))
     except (DataError, OSError):
         return None
     return place
@@ -178,12 +179,14 @@ def _import_set(known: DataSet, source: Path, root: Path, progress: Progress | N
         found = known.find(source, file)
         if found is None:
             raise DataError(f"{source} has no {file.served}: {known.name} is not complete there")
+        target = _home(known, root) / found.name
         try:
-            content = found.read_bytes()
+            file.check(known.content(found, file), str(found))
+            if target in contents:  # an archive that holds several files
+                continue
+            contents[target] = content = found.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read {found}: {error.strerror}") from error
-        file.check(content, str(found))
-        contents[_home(known, root) / found.name] = content
         if progress is not None:
             progress(found.name, len(content), len(content))
     return [write_atomic(target, content) for target, content in contents.items()]

@@ -16,6 +16,10 @@ _PLACES = {
     "shakespeare-gpt": "archopt.lab.workloads.shakespeare_gpt:ShakespeareGPT",
     "shakespeare-lstm": "archopt.lab.workloads.shakespeare_lstm:ShakespeareLSTM",
     "pong-ppo": "archopt.lab.workloads.pong_ppo:PongPPO",
+    "wikitext2-transformer": "archopt.lab.workloads.wikitext2_transformer:WikiText2Transformer",
+    "multi30k-transformer": "archopt.lab.workloads.multi30k_transformer:Multi30kTransformer",
+    # Its paper's name for it; what it trains on is Multi30k.
+    "wmt16": "archopt.lab.workloads.multi30k_transformer:Multi30kTransformer",
 }
 
 
