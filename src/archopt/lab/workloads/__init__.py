@@ -10,6 +10,7 @@ _PLACES = {
     "mnist-mlp100": "archopt.lab.workloads.mnist_mlp100:MnistMLP100",
     "mnist-cwn": "archopt.lab.workloads.mnist_cwn:MnistCWN",
     "cifar10-resnet-small": "archopt.lab.workloads.cifar10_resnet_small:CIFAR10ResNetSmall",
+    "cifar10-gan": "archopt.lab.workloads.cifar10_gan:CIFAR10GAN",
     "shakespeare-gpt": "archopt.lab.workloads.shakespeare_gpt:ShakespeareGPT",
     "shakespeare-lstm": "archopt.lab.workloads.shakespeare_lstm:ShakespeareLSTM",
 }
