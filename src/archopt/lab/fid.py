@@ -26,7 +26,7 @@ INCEPTION_FILE = "inception/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"
 """How the checksum of the file begins."""
 CLASSIFIER_BATCH, CLASSIFIER_LR, CLASSIFIER_SEED = 64, 3e-3, 0
-ROWS = 250  # pictures described at once; bounds memory
+ROWS = 250  # pictures made or described at once; bounds memory
 
 
 def eight_bits(images: Tensor, stretch: bool) -> Tensor:

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from archopt.lab import seeds
 from archopt.lab.data import DataFolder, load_cifar10
 from archopt.lab.fid import (
+    ROWS,
     described,
     eight_bits,
     frechet_distance,
@@ -260,7 +261,7 @@ class CIFAR10GAN(Supervised):
 
     def _distance(self, generator: nn.Module, real: Tensor, targets: Tensor) -> float:
         parts = []
-        for some in torch.split(targets, self.batch_size):
+        for some in torch.split(targets, ROWS):
             fake = generator(self.latents(some), some).float()
             if not fake.isfinite().all():
                 return float("nan")
