@@ -1,4 +1,4 @@
-"""What docs/autonero.md proves of AutoNero's feedback, seen in the rule itself: the quadratic with noisy gradients."""
+"""What docs/autonero.md proves of the feedback, seen in the rule itself on quadratics with noisy gradients."""
 
 import math
 
@@ -29,7 +29,9 @@ def test_the_angle_settles_where_the_proposition_says(target: float, curvature: 
     generator = torch.Generator().manual_seed(0)
     seen = []
     for t in range(STEPS):
-        x.grad = curvature * x.detach() + noise * torch.randn(ENTRIES, generator=generator, dtype=torch.float64)
+        x.grad = curvature * x.detach() + noise * torch.randn(
+            ENTRIES, generator=generator, dtype=torch.float64
+        )
         optimizer.step()
         if t >= SETTLED:
             seen.append([float(optimizer.theta), float(optimizer.rho), float(x.detach().square().mean())])

@@ -13,6 +13,7 @@ _PLACES = {
     "cifar10-gan": "archopt.lab.workloads.cifar10_gan:CIFAR10GAN",
     "shakespeare-gpt": "archopt.lab.workloads.shakespeare_gpt:ShakespeareGPT",
     "shakespeare-lstm": "archopt.lab.workloads.shakespeare_lstm:ShakespeareLSTM",
+    "pong-ppo": "archopt.lab.workloads.pong_ppo:PongPPO",
 }
 
 
