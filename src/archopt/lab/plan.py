@@ -13,6 +13,7 @@ from archopt.lab.experiment import Experiment, WorkloadChoice, open_experiment
 from archopt.lab.optimizers import Choice, check_lr, parse_optimizer
 from archopt.lab.record import COMPARISON, FORMAT, explained, run_path, stored_result, write_json
 from archopt.lab.train import Settings, run_config
+from archopt.lab.trainers import trainer_of
 
 Rates = str | Sequence[float]
 """`grid`, `published`, `default`, or numbers."""
@@ -89,9 +90,9 @@ def check_choice(experiment: Experiment, choice: Choice, lrs: Sequence[float | N
     """Why an optimiser cannot train a workload at these rates, or None. It is built, on a model of its own."""
     built = experiment.workload.build()
     try:
-        for model in built.values() if isinstance(built, dict) else [built]:
+        for name, model in (built if isinstance(built, dict) else {"model": built}).items():
             for lr in {lrs[0], lrs[-1]}:
-                choice.build(model, lr, experiment.workload.settings)
+                trainer_of(experiment.workload, name, choice, lr).build(model)
     except LabError as error:
         return str(error)
     return None

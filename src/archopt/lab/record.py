@@ -25,6 +25,7 @@ from archopt.lab.errors import RecordError
 FORMAT = 1
 CONFIG, METRICS, RESULT, CHECKPOINT = "config.json", "metrics.jsonl", "result.json", "checkpoint.pt"
 COMPARISON = "comparison.json"
+PICTURES = "pictures"  # the folder of a run's pictures, where its workload draws any
 
 log = logging.getLogger(__name__)
 
@@ -262,6 +263,16 @@ class RunFolder:
                 with explained(path):
                     raise cause from None
             raise
+
+    def save_picture(self, name: str, picture: torch.Tensor) -> None:
+        """Writes a picture (3, h, w), uint8, as pictures/NAME.png; the same name replaces it."""
+        from PIL import Image
+
+        path = self.path / PICTURES / f"{name}.png"
+        with explained(path):
+            path.parent.mkdir(exist_ok=True)
+        image = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+        write_atomic(path, lambda stream: image.save(stream, "PNG"))
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint, the metrics cut back to it; None, and no metrics, where the run has to start again.

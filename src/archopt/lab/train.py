@@ -6,7 +6,7 @@ import math
 import platform
 import statistics
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from archopt.lab.errors import Interrupted, LabError
 from archopt.lab.experiment import Experiment
 from archopt.lab.optimizers import Choice, has_modes, numbers, state_bytes
 from archopt.lab.record import FORMAT, RunFolder, stored_result
+from archopt.lab.trainers import packages, trainer_of, trainers_record
 from archopt.lab.user_files import describe
 from archopt.lab.workload import Metric
 
@@ -78,18 +79,12 @@ def run_config(
 ) -> dict[str, Any]:
     """The content of `config.json`: everything but "environment" is what makes the run this run."""
     workload = experiment.workload
-    optimizer: dict[str, Any] = {
-        "label": choice.label,
-        "name": choice.entry.name,
-        "lr": lr,
-        "options": choice.resolved(workload.settings),
-    }
     config: dict[str, Any] = {
         "format": FORMAT,
         "workload": workload.name,
         "preset": experiment.preset,
         "options": experiment.options,
-        "optimizer": optimizer,
+        "optimizer": trainers_record(workload, choice, lr),
         "seed": seed,
         "steps": workload.steps,
         "data": experiment.data,
@@ -102,15 +97,14 @@ def run_config(
         config["data_note"] = workload.data_note
     if experiment.source is not None:
         config["source"] = experiment.source
-    if choice.entry.source is not None:
-        optimizer["source"] = choice.entry.source
-    return {**config, "environment": environment(experiment.device, settings.threads, choice.entry.package)}
+    told = environment(experiment.device, settings.threads, packages(workload, choice))
+    return {**config, "environment": told}
 
 
-def environment(device: torch.device, threads: int | None, package: str | None = None) -> dict[str, Any]:
-    """What a run's bits and times may depend on, with the version of the optimiser's `package` if it has one."""
+def environment(device: torch.device, threads: int | None, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What a run's bits and times may depend on, with the versions of the optimisers' `packages`."""
     return {
-        **({} if package is None else {package: version(package)}),
+        **{package: version(package) for package in packages},
         "archopt": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -196,7 +190,7 @@ class Run:
         self.workload = copy.copy(experiment.workload)
         self.seed = seed
         self.clip_norm = clip_norm(experiment, choice, settings)
-        self._choice, self._lr, self._settings = choice, lr, settings
+        self._lr, self._settings = lr, settings
         self._watcher = watcher
         self._device = experiment.device
         self._peak = measure.PeakMemory(self._device)
@@ -206,7 +200,7 @@ class Run:
         self._multiplier: float | None = None
         self._written: dict[str, float] = dict.fromkeys(measure.PHASES, 0.0)
         self._found, self._found_of_average = Found(), Found()
-        self._build()
+        self._build(choice)
 
     # -- what train_step may use ---------------------------------------------------------------------------
 
@@ -235,7 +229,7 @@ class Run:
 
     # -- the run -------------------------------------------------------------------------------------------
 
-    def _build(self) -> None:
+    def _build(self, choice: Choice) -> None:
         seeds.seed_all(seeds.mix(self.seed, 0, seeds.BUILD), self._device)
         built = self.workload.build()
         self.models = built if isinstance(built, dict) else {"model": built}
@@ -244,10 +238,8 @@ class Run:
                 raise LabError(f"{self.workload.name}: build() gave {name} = {model!r}, expected a module")
             model.to(self._device)
         seeds.seed_all(seeds.mix(self.seed, 0, seeds.OPTIMIZER), self._device)
-        self.optimizers = {
-            name: self._choice.build(model, self._lr, self.workload.settings)
-            for name, model in self.models.items()
-        }
+        trainers = {name: trainer_of(self.workload, name, choice, self._lr) for name in self.models}
+        self.optimizers = {name: trainers[name].build(model) for name, model in self.models.items()}
         # Made after the optimisers, whose construction may change weights.
         self._averages: Averages | None = None
         if self._settings.average:
@@ -256,9 +248,11 @@ class Run:
             for model in [*self.models.values(), *(self._averages.models.values() if self._averages else ())]:
                 model.compile()
         self._rates = {
-            name: [group["lr"] for group in optimizer.param_groups] if self._choice.entry.rate else []
+            name: [group["lr"] for group in optimizer.param_groups]
             for name, optimizer in self.optimizers.items()
+            if trainers[name].choice.entry.rate
         }
+        """Of the groups, by model; rules without a rate are left out and follow no schedule."""
         amp = self._settings.amp
         kind = self._device.type
         self._autocast: AbstractContextManager[Any] = (
@@ -319,14 +313,14 @@ class Run:
         return "finished"
 
     def _schedule(self, step: int) -> None:
-        if not self._choice.entry.rate:
+        if not self._rates:
             return
         multiplier = self.workload.schedule(step)
         if multiplier == self._multiplier:
             return
         self._multiplier = multiplier
-        for name, optimizer in self.optimizers.items():
-            for group, rate in zip(optimizer.param_groups, self._rates[name]):
+        for name, rates in self._rates.items():
+            for group, rate in zip(self.optimizers[name].param_groups, rates):
                 group["lr"] = rate * multiplier
 
     # -- measuring -----------------------------------------------------------------------------------------
@@ -362,6 +356,8 @@ class Run:
             "time": {phase: totals[phase] - self._written[phase] for phase in measure.PHASES},
         }
         self._written = totals
+        if finite:
+            self._draw()
         self._folder.append(line)
         self._watcher.line(line)
         return finite or self._step == 0  # initial weights may be bad without anything having diverged
@@ -379,6 +375,14 @@ class Run:
                     raise
                 # Weights that are not finite can be too much for an evaluation.
                 return {self.workload.metric.key: math.nan}
+
+    def _draw(self) -> None:
+        """Keeps the workload's pictures of this step."""
+        seeds.seed_all(seeds.mix(self.seed, self._step, seeds.EVALUATION), self._device)
+        with evaluation_mode(self.models, self.optimizers), torch.no_grad(), self._autocast:
+            pictures = self.workload.pictures(self.models)
+        for name, picture in pictures.items():
+            self._folder.save_picture(f"step={self._step}-{name}", picture)
 
     def _evaluate_average(
         self, averages: Averages, finite: bool, evaluated: Mapping[str, float], steps: int

@@ -70,6 +70,8 @@ class Workload:
     settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Published settings by optimiser name: `lr`, options that differ from the laboratory's, and `clip_norm` where
     the experiment clips the gradients of this optimiser to another norm than those of all."""
+    model_settings: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
+    """Where there are several models: the settings of one, by its name, in which it differs from `settings`."""
     lrs: ClassVar[tuple[float, ...]] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """The grid that `--lrs grid` tries."""
     clip_norm: ClassVar[float | None] = None
@@ -81,6 +83,10 @@ class Workload:
     def build(self) -> Models:
         """The model, or several by name (each gets its own optimiser). Called once, after `load`."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+    def own_optimizers(self) -> Mapping[str, str]:
+        """Models, by name, that another optimiser than the run's trains, spelt as on the command line."""
+        return {}
 
     @property
     def steps(self) -> int:
@@ -123,6 +129,10 @@ class Workload:
     def evaluate(self, models: dict[str, nn.Module]) -> dict[str, float]:
         """Metrics by key. Called in eval mode, without gradients, after seeding of its own."""
         raise NotImplementedError(f"{type(self).__name__} must define evaluate()")
+
+    def pictures(self, models: dict[str, nn.Module]) -> Mapping[str, Tensor]:
+        """Pictures (3, h, w), uint8, by name, for the run's folder; called after `evaluate`, in the same way."""
+        return {}
 
     def to(self, device: torch.device) -> None:
         """Moves what `load` read to the device."""
