@@ -49,6 +49,7 @@ def load_ale() -> Any:
     """The module `ale_py`. Raises DataError where it is not installed."""
     try:
         import ale_py
+        import ale_py.roms  # not imported by ale_py itself unless gymnasium is there
     except ImportError as error:
         raise DataError("Atari games need the package ale-py: pip install 'archopt[atari]'") from error
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
