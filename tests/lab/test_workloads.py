@@ -183,8 +183,7 @@ def test_the_accuracy_of_logits_that_are_not_finite_is_not_finite() -> None:
 def test_the_registry_lists_names_without_importing_workloads() -> None:
     code = (
         "import sys; from archopt.lab.workloads import registry; names = list(registry()); "
-        "assert names == ['digits', 'mnist-mlp100', 'mnist-cwn', 'cifar10-resnet-small', 'shakespeare-gpt', "
-        "'shakespeare-lstm'], names; "
+        "assert names[0] == 'digits' and {'mnist-mlp100', 'cifar10-vgg11', 'imagenet-resnet50'} < set(names); "
         "assert 'archopt.lab.workloads.digits' not in sys.modules"
     )
     subprocess.run(
