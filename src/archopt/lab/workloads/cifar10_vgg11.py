@@ -10,7 +10,7 @@ Published test errors (seeds 0, 1, 2): Nero 0.01: 11.16 %; SGD 0.1: 12.61 %; Ada
 Presets: `paper` is the above; for a GPU. `small` has an eighth of the channels and hidden units (445,282
 parameters) and trains 19 epochs on the first 10,000 images in batches of 64, 2,983 steps, with one epoch of warm-up
 and the falls after half, three quarters and nine tenths, as published; the first 2,000 test images, no scores on
-training images. `smoke` takes 12 steps at width 4.
+training images. `smoke` takes 12 steps.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class CIFAR10VGG11(CIFAR10Paper):
             "scored_images": 0,
         },
         "smoke": {
-            "width": 4,
+            "width": 8,
             "train_images": 256,
             "test_images": 100,
             "batch_size": 64,

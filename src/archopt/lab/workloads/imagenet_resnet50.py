@@ -74,7 +74,7 @@ class ImageNetResNet50(Supervised):
             "side": 40,
             "size": 32,
             "depth": 10,
-            "width": 4,
+            "width": 8,
             "images": 100,
             "batch_size": 20,
             "epochs": 3,
