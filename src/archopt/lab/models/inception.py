@@ -3,6 +3,7 @@
 Szegedy, Vanhoucke, Ioffe, Shlens and Wojna 2015 (arXiv:1512.00567), in three points not as torchvision has it:
 average pools do not count what pads them, the last block's pool takes the maximum, and there are 1,008 classes.
 Names of parameters are those of the port of its weights to PyTorch, `pt_inception-2015-12-05-6726825d.pth`.
+Written after reading torch-fidelity's network (Apache-2.0, A. Obukhov), and held against it on random weights.
 """
 
 import torch
