@@ -304,6 +304,24 @@ def test_the_best_rate_of_the_average_is_run_too(tmp_path: Path):
     }
 
 
+def test_a_grid_of_options_is_tuned_as_one_optimiser(tmp_path: Path):
+    asked = plan(
+        tmp_path,
+        optimizers=["sgd(lr=[0.01,0.1],momentum=[0.0,0.9])", "adam"],
+        seeds=[0, 1],
+        lrs="default",
+        tuning_seeds=[0],
+    )
+    assert (sweep(asked, Follower()).diverged, len(list(tmp_path.rglob("result.json")))) == (0, 7)
+    told = json.loads((tmp_path / "comparison.json").read_text())["tuning"]["rates"]["toy-small"]
+    points = {label: rates for label, rates in told.items() if label.startswith("sgd")}
+    assert set(points) == {"sgd(momentum=0.0)", "sgd(momentum=0.9)"}
+    assert sorted(map(len, points.values())) == [0, 1]
+    (row,) = [row for row in summarise(load(tmp_path))[0].rows if points.get(row.optimizer.label)]
+    assert [len(cell.runs) for cell in row.cells if cell.lr in points[row.optimizer.label]] == [2]
+    assert {row.count("missing") for row in summarise(load(tmp_path))[0].rows} == {0}
+
+
 def test_a_rate_at_which_nothing_ended_well_is_not_chosen(tmp_path: Path):
     asked = plan(
         tmp_path,

@@ -9,8 +9,9 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,8 @@ class Choice:
     options: Mapping[str, Any]
     own_lrs: tuple[float, ...] = ()
     """The rates given in the brackets, `lr=0.1` or `lr=[0.1, 0.3]`; the optimiser is run at these alone."""
+    grid: str = ""
+    """The grid of options that it is a point of, where lists were given: its points are tuned as one optimiser."""
 
     @property
     def fixed_lr(self) -> float | None:
@@ -287,8 +290,26 @@ class Choice:
         return built
 
 
+def parse_grid(text: str) -> list[Choice]:
+    """Reads an optimiser whose options may be lists, `muon(lr=[0.02, 0.05], aux_lr=[0.005, 0.02])`: every
+    combination of their values, each with all rates.
+
+    Raises LabError as `parse_optimizer`, and for an empty list.
+    """
+    call = parse_call(text)
+    lists = {name: value for name, value in call.options.items() if isinstance(value, list) and name != "lr"}
+    if empty := [name for name, value in lists.items() if not value]:
+        raise LabError(f"{call.name}: {empty[0]}=[], expected at least one value")
+    points = [
+        {**call.options, **dict(zip(lists, values, strict=True))}
+        for values in itertools.product(*lists.values())
+    ]
+    grid = str(call) if lists else ""
+    return [replace(parse_optimizer(str(Call(call.name, point))), grid=grid) for point in points]
+
+
 def parse_optimizer(text: str) -> Choice:
-    """Reads `name` or `name(option=value, ...)`.
+    """Reads `name` or `name(option=value, ...)`; only `lr` may be a list.
 
     Raises LabError for an unknown name or option, with the nearest one.
     """

@@ -10,7 +10,7 @@ import torch
 
 from archopt.lab.errors import LabError
 from archopt.lab.experiment import Experiment, WorkloadChoice, open_experiment
-from archopt.lab.optimizers import Choice, check_lr, parse_optimizer
+from archopt.lab.optimizers import Choice, check_lr, parse_grid
 from archopt.lab.record import COMPARISON, FORMAT, explained, run_path, stored_result, write_json
 from archopt.lab.train import Settings, run_config
 from archopt.lab.trainers import trainer_of
@@ -44,6 +44,8 @@ class RunSpec:
     folder: str
     """Of the workload, below the comparison's."""
     optimizer: str
+    grid: str
+    """The grid of options that the optimiser is a point of, or \"\"."""
     lr: float | None
     default_lr: float | None
     seed: int
@@ -106,7 +108,7 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
     """
     if unknown := [seed for seed in plan.tuning_seeds if seed not in plan.seeds]:
         raise LabError(f"--tuning-seeds has {unknown[0]}, which is none of the seeds {_listed(plan.seeds)}")
-    choices = _distinct("optimiser", [parse_optimizer(text) for text in plan.optimizers])
+    choices = _distinct("optimiser", [choice for text in plan.optimizers for choice in parse_grid(text)])
     device = parse_device(plan.settings.device)
     specs: list[RunSpec] = []
     workloads: list[dict[str, Any]] = []
@@ -162,6 +164,7 @@ def _specs(
                 workload=workload,
                 folder=experiment.folder,
                 optimizer=choice.label,
+                grid=choice.grid,
                 lr=lr,
                 default_lr=choice.default_lr,
                 seed=seed,

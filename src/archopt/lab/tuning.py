@@ -7,6 +7,9 @@ from statistics import fmean
 from archopt.lab.plan import Plan, RunSpec
 from archopt.lab.record import COMPARISON, read_json, stored_result, write_json
 
+Point = tuple[str, float | None]
+"""An optimiser's label and its rate."""
+
 Chosen = dict[str, dict[str, list[float | None]]]
 """The rates that seeds without tuning run, by the workload's folder and the optimiser's label."""
 
@@ -28,22 +31,28 @@ def remaining_runs(plan: Plan, specs: Sequence[RunSpec]) -> list[RunSpec]:
 
 def _choose(tried: Sequence[RunSpec]) -> Chosen:
     """For each workload and optimiser the default rate, where it was tried, and the best: with the last weights
-    and, where weights were averaged, with the average."""
-    grids: dict[tuple[str, str], dict[float | None, list[RunSpec]]] = {}
+    and, where weights were averaged, with the average. A grid of options is one optimiser, whose best points are
+    kept and no others."""
+    grids: dict[tuple[str, str], dict[Point, list[RunSpec]]] = {}
     for spec in tried:
-        grids.setdefault((spec.folder, spec.optimizer), {}).setdefault(spec.lr, []).append(spec)
+        point = (spec.optimizer, spec.lr)
+        grids.setdefault((spec.folder, spec.grid or spec.optimizer), {}).setdefault(point, []).append(spec)
     chosen: Chosen = {}
-    for (folder, optimizer), grid in grids.items():
-        kept: set[float | None] = {
-            lr for lr, specs in grid.items() if lr is None or lr == specs[0].default_lr
-        }
+    for (folder, _), grid in grids.items():
+        kept = {point for point, specs in grid.items() if _is_default(specs[0])}
         for averaged in (False, True):
-            ranks = {lr: _rank(specs, averaged) for lr, specs in grid.items()}
-            best = min(ranks, key=lambda lr: ranks[lr])
+            ranks = {point: _rank(specs, averaged) for point, specs in grid.items()}
+            best = min(ranks, key=lambda point: ranks[point])
             if ranks[best][0] < 0:  # at least one seed ended well
                 kept.add(best)
-        chosen.setdefault(folder, {})[optimizer] = [lr for lr in grid if lr in kept]
+        for optimizer, lr in grid:
+            rates = chosen.setdefault(folder, {}).setdefault(optimizer, [])
+            rates += [lr] if (optimizer, lr) in kept else []
     return chosen
+
+
+def _is_default(spec: RunSpec) -> bool:
+    return not spec.grid and (spec.lr is None or spec.lr == spec.default_lr)
 
 
 def _rank(specs: Sequence[RunSpec], averaged: bool) -> tuple[int, float]:
