@@ -75,6 +75,8 @@ EXPECTED = (
         "B": "0.275439892918 -0.182102071834",
     },
 )
+DERIVATION = {"head": "turn", "radius_exponent": 0.5}
+"""The options with which the rule is its first derivation, whose worked numbers these are."""
 RADII = {"W": "4.61259431574 3.22778342402", "H": "0.22108513215 0.494675878578"}
 
 
@@ -94,7 +96,7 @@ def worked_model() -> nn.Module:
 @pytest.mark.parametrize("foreach", [False, True])
 def test_worked_numbers(foreach: bool) -> None:
     model = worked_model()
-    optimizer = AutoNero(model, roles=ROLES, orthogonalise="svd", foreach=foreach)
+    optimizer = AutoNero(model, roles=ROLES, orthogonalise="svd", foreach=foreach, **DERIVATION)
     assert_numbers(model.E, START)
     size = 0.0
     for t, (gradients, expected) in enumerate(zip(GRADIENTS, EXPECTED, strict=True), start=1):
@@ -125,7 +127,7 @@ def test_reference_gives_the_worked_numbers() -> None:
         )
         for name, values in WORKED.items()
     }
-    reference = Reference(variables)
+    reference = Reference(variables, derivation=True)
     assert_numbers(variables["E"].values, START)
     for gradients, expected in zip(GRADIENTS, EXPECTED, strict=True):
         reference.step(
@@ -217,17 +219,38 @@ def rate(t: int) -> float:
     return 0.0 if t in (12, 13) else 2 / (1 + 0.05 * t)
 
 
-@pytest.mark.parametrize(("foreach", "theta"), [(False, 0.05), (True, 0.05), (True, 0.01), (True, 1e-5)])
-def test_sixty_steps_follow_the_reference(foreach: bool, theta: float) -> None:
+@pytest.mark.parametrize(
+    ("foreach", "theta", "derivation", "biased"),
+    [
+        (False, 0.05, False, True),
+        (True, 0.05, False, True),
+        (True, 0.01, False, False),
+        (True, 1e-5, False, True),
+        (False, 0.05, True, True),
+        (True, 0.05, True, True),
+    ],
+)
+def test_sixty_steps_follow_the_reference(
+    foreach: bool, theta: float, derivation: bool, biased: bool
+) -> None:
     model = Zoo().double()
+    if not biased:
+        model.head = nn.Linear(4, 3, bias=False).double()
     reference = Reference(
         {
-            name: Variable(param, family(name, param), index_rows(name, param) if param.dim() > 1 else [])
+            name: Variable(
+                param,
+                family(name, param),
+                index_rows(name, param) if param.dim() > 1 else [],
+                "head.bias" if name == "head.weight" else "",
+            )
             for name, param in model.named_parameters()
         },
         theta0=theta,
+        derivation=derivation,
     )
-    optimizer = AutoNero(model, orthogonalise="svd", foreach=foreach, initial_theta=theta)
+    options = DERIVATION if derivation else {}
+    optimizer = AutoNero(model, orthogonalise="svd", foreach=foreach, initial_theta=theta, **options)
     young = {"zeros.weight": 0, "positions.weight": 0}
     for t in range(STEPS):
         random_gradients(model, t)

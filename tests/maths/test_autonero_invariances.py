@@ -75,15 +75,23 @@ def test_a_loss_scaled_by_a_million_follows_the_same_trajectory(scale: float) ->
 
 @pytest.mark.parametrize("name", ["tokens.weight", "first.weight", "second.bias", "head.weight"])
 def test_the_scale_of_one_gradient_changes_no_direction(name: str) -> None:
-    """One tensor's gradient times 1000 leaves the first step of every tensor as it was: only theta reads sizes."""
+    """One tensor's gradient times 1000 leaves the first step of every tensor as it was: theta alone reads sizes.
+
+    But for a head's and its bias's, whose ratio tells how long the features are: there the step's length follows
+    and its direction does not.
+    """
     model = Net().double()
-    twin = copy.deepcopy(model)
+    before, twin = copy.deepcopy(model), copy.deepcopy(model)
     optimizer, other = AutoNero(model), AutoNero(twin)
     for net, opt in ((model, optimizer), (twin, other)):
         loss_of(net, 0).backward()
         if net is twin:
             net.get_parameter(name).grad.mul_(1000)  # type: ignore[union-attr]
         opt.step()
+    if name == "head.weight":
+        moved, others = (net.head.weight - before.head.weight for net in (model, twin))
+        assert torch.allclose(others / others.norm(), moved / moved.norm(), rtol=0, atol=1e-12)
+        twin.head.weight.data.copy_(model.head.weight)
     assert_models_close(twin, model, 1e-12)
     assert float(other.G) > float(optimizer.G)
 

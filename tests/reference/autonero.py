@@ -17,6 +17,7 @@ BETA, BETA2 = 0.9, 0.99
 LAMBDA, KAPPA = 0.95, 0.05
 TAU, T = 0.15, 100.0
 THETA0 = 0.01
+EXPONENT, K = 1.0, 8.0
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Variable:
     values: Tensor
     family: str  # hidden, head, embedding, vector
     blocks: Blocks = field(default_factory=list)
+    bias: str = ""  # of a head: the name of the variable that is its bias
     t: int = 0
     m: Tensor = field(init=False)
     v: list[float] = field(init=False)
@@ -76,10 +78,16 @@ def polar(matrix: Tensor) -> Tensor:
 
 
 class Reference:
-    """The rule over named variables. `step` takes flat gradients, None where a tensor has none."""
+    """The rule over named variables. `step` takes flat gradients, None where a tensor has none.
 
-    def __init__(self, variables: dict[str, Variable], theta0: float = THETA0) -> None:
-        self.variables = variables
+    `derivation`: heads turn as other rows do, and radii follow with half of the exponent.
+    """
+
+    def __init__(
+        self, variables: dict[str, Variable], theta0: float = THETA0, derivation: bool = False
+    ) -> None:
+        self.variables, self.derivation = variables, derivation
+        self.exponent = 0.5 if derivation else EXPONENT
         self.t = 0
         matrices = sum(variable.family in ("hidden", "head") for variable in variables.values())
         self.theta0, self.theta = theta0, min(theta0, 1 / (2 * max(matrices, 1)))
@@ -118,13 +126,36 @@ class Reference:
             self.theta = min(1.0, max(1e-6, self.theta))
 
         self.G = 0.0
+        reach = {
+            name: self._reach(variable, present)
+            for name, variable in self.variables.items()
+            if variable.family == "head" and name in present
+        }
         for name, variable in self.variables.items():
             if name not in present:
                 variable.d = torch.zeros_like(variable.d)
             elif variable.family == "vector":
                 self.G += self._vector(variable, present[name], lr)
             else:
-                self.G += self._matrix(variable, present[name], lr)
+                self.G += self._matrix(variable, present[name], lr, reach.get(name, 0.0))
+
+    def _reach(self, head: Variable, present: dict[str, Tensor]) -> float:
+        """a = K / max(h, 1) of a head that takes plain steps, before anything has moved."""
+
+        def squares(x: Variable, gradients: list[float]) -> float:
+            now = [BETA2 * v + (1 - BETA2) * g for v, g in zip(x.v, gradients, strict=True)]
+            return sum(now) / (1 - BETA2 ** (x.t + 1))
+
+        g = present[self._name(head)]
+        rows = squares(head, [float(g[row] @ g[row]) for row in head.rows()])
+        features = math.sqrt(len(head.rows()[0]))
+        if head.bias in present:
+            told = squares(self.variables[head.bias], [float(b) ** 2 for b in present[head.bias]])
+            features = math.sqrt(rows / told) if told > 0 else features
+        return K / max(features, 1.0)
+
+    def _name(self, variable: Variable) -> str:
+        return next(name for name, known in self.variables.items() if known is variable)
 
     def _vector(self, x: Variable, g: Tensor, lr: float) -> float:
         x.t += 1
@@ -141,7 +172,7 @@ class Reference:
             G += gh * float(x.d[i])
         return G
 
-    def _matrix(self, x: Variable, g: Tensor, lr: float) -> float:
+    def _matrix(self, x: Variable, g: Tensor, lr: float, reach: float) -> float:
         x.t += 1
         x.m = BETA * x.m + (1 - BETA) * g
         gh = x.m / (1 - BETA**x.t)
@@ -156,16 +187,27 @@ class Reference:
                 s = math.sqrt(x.v[i] / (1 - BETA2**x.t))
                 if s == 0 or not bool(gh[row].any()) or lr == 0:
                     continue
-                self._row(x, row, i, gh[row], direction, s, lr)
+                self._row(x, row, i, gh[row], direction, s, lr, reach)
         return float(gh @ x.d)
 
     def _row(
-        self, x: Variable, row: list[int], i: int, gh: Tensor, direction: Tensor, s: float, lr: float
+        self,
+        x: Variable,
+        row: list[int],
+        i: int,
+        gh: Tensor,
+        direction: Tensor,
+        s: float,
+        lr: float,
+        a: float,
     ) -> None:
         angle = lr * self.theta
         w = x.values[row].clone()
         unit = direction / direction.norm() if x.family == "hidden" else gh / s
-        if x.grows_to[i] > 0:  # young
+        if x.family == "head" and not self.derivation:
+            x.values[row] = w - angle * a * unit
+            x.R[i] = x.norm(row)
+        elif x.grows_to[i] > 0:  # young
             reach = math.sqrt(len(row)) if x.family == "embedding" else 1.0
             x.values[row] = w - angle * reach * unit
             x.R[i] = x.norm(row)
@@ -174,6 +216,6 @@ class Reference:
         else:
             u = x.R[i] * unit
             if x.family != "embedding":
-                x.R[i] *= math.exp(-0.5 * angle * float(gh @ w) / (x.R[i] * s))
+                x.R[i] *= math.exp(-self.exponent * angle * float(gh @ w) / (x.R[i] * s))
             x.values[row] = x.R[i] * (w - angle * u) / (w - angle * u).norm()
         x.d[row] = (w - x.values[row]) / self.theta

@@ -4,7 +4,7 @@ The equations, and the pure functions that are them, stand in `archopt.optim.aut
 `docs/autonero.md`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from archopt.optim.autonero_rule import (
     THETA_RANGE,
     Feedback,
     Rows,
+    feature_norm,
     feedback_update,
     rows_update,
     vector_update,
@@ -23,6 +24,7 @@ from archopt.optim.autonero_rule import (
 from archopt.optim.base import (
     ArchOptimizer,
     Rate,
+    bias_correction,
     check_choice,
     check_forms,
     check_range,
@@ -37,6 +39,7 @@ from archopt.roles import Overrides, Role, group_by_treatment, parameter_roles
 FAMILIES = ("hidden", "head", "embedding", "vector")
 RADII = ("own", "unit", "rms")
 EMBEDDING_RADII = (*RADII, "grow")
+HEADS = ("plain", "turn")
 MOVEMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARED = ("feedback_decay", "feedback_gain", "target", "target_steps", "bound", "initial_theta", "limit")
 """Options of the one feedback that all groups share: they must agree between groups."""
@@ -65,6 +68,10 @@ class AutoNero(ArchOptimizer):
         embedding_radius: "rms": rows of embeddings are scaled to RMS 1 at construction, and keep it. "grow":
             nothing is scaled; shorter rows take plain steps until these have brought them there. "own": they keep
             the norm that they have, which a trained network needs.
+        radius_exponent: how fast the radius of a hidden row (and of a head that turns) follows its gradient.
+        head: "plain": rows of the head take plain steps, measured by the features that they read. "turn": they turn
+            as other rows do, with radii, as in the first derivation.
+        head_gain: K, by how many times theta a plain step of the head may change an output.
         orthogonalise: "newton-schulz", or "svd", exact and slow.
         movement_dtype: in what the last movement is kept: "float32" (wider where the weights are), or "bfloat16",
             which takes 2 bytes a weight less. Only the feedback reads it.
@@ -124,6 +131,9 @@ class AutoNero(ArchOptimizer):
         limit: float = 2.0,
         radius: str = "own",
         embedding_radius: str = "rms",
+        radius_exponent: float = 1.0,
+        head: str = "plain",
+        head_gain: float = 8.0,
         orthogonalise: str = "newton-schulz",
         movement_dtype: str = "float32",
         roles: Overrides | None = None,
@@ -156,6 +166,9 @@ class AutoNero(ArchOptimizer):
             "limit": limit,
             "radius": radius,
             "embedding_radius": embedding_radius,
+            "radius_exponent": radius_exponent,
+            "head": head,
+            "head_gain": head_gain,
             "orthogonalise": orthogonalise,
             "movement_dtype": movement_dtype,
             "family": "hidden",
@@ -203,7 +216,7 @@ class AutoNero(ArchOptimizer):
     # -- groups and state ----------------------------------------------------------------------------------
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "feedback_gain", "target"):
+        for name in ("lr", "feedback_gain", "target", "radius_exponent", "head_gain"):
             check_range("AutoNero", name, group[name], low=0.0)
         for name in ("beta", "beta2", "feedback_decay"):
             check_range("AutoNero", name, group[name], low=0.0, high=1.0)
@@ -214,6 +227,7 @@ class AutoNero(ArchOptimizer):
         )
         check_choice("AutoNero", "radius", group["radius"], RADII)
         check_choice("AutoNero", "embedding_radius", group["embedding_radius"], EMBEDDING_RADII)
+        check_choice("AutoNero", "head", group["head"], HEADS)
         check_choice("AutoNero", "orthogonalise", group["orthogonalise"], METHODS)
         check_choice("AutoNero", "movement_dtype", group["movement_dtype"], MOVEMENT_DTYPES)
         check_choice("AutoNero", "family", group["family"], FAMILIES)
@@ -262,7 +276,9 @@ class AutoNero(ArchOptimizer):
             norm = row_norm(as_rows(param.detach(), group["channel_groups"]), dims)
             rms_1 = (param.numel() / norm.numel()) ** 0.5
             grown = torch.full_like(norm, rms_1 if group["family"] == "embedding" else GROWN_NORM)
-            if _first_radius(group) == "grow":
+            if _steps_plainly(group):
+                grows_to = torch.zeros_like(norm)
+            elif _first_radius(group) == "grow":
                 grows_to = torch.where(norm < grown, grown, 0.0)
             else:
                 grown = torch.where((norm > 0).any(), median_of_positive(norm), grown)
@@ -315,6 +331,7 @@ class AutoNero(ArchOptimizer):
 
     def _update(self) -> None:
         batches = [(group, batch) for group in self.param_groups for batch in self._batches(group)]
+        batches.sort(key=lambda batch: not _steps_plainly(batch[0]))  # heads read the state of their biases
         held = self._held_feedback()
         if not batches or held is None:
             return
@@ -380,9 +397,19 @@ class AutoNero(ArchOptimizer):
         beta, beta2 = group["beta"], group["beta2"]
         if dims:
             t = (steps + 1).reshape(-1, 1, 1, 1)
-            family, method = group["family"], group["orthogonalise"]
             new, expected = rows_update(
-                past, grad, t, theta, lr, beta=beta, beta2=beta2, family=family, method=method
+                past,
+                grad,
+                t,
+                theta,
+                lr,
+                beta=beta,
+                beta2=beta2,
+                family=group["family"],
+                method=group["orthogonalise"],
+                exponent=group["radius_exponent"],
+                features=self._features(batch, past, grad, t, group, f) if _steps_plainly(group) else None,
+                gain=group["head_gain"],
             )
         else:
             t = torch.cat([count.expand(p.numel()) for count, p in zip(counts, batch, strict=True)]) + 1
@@ -395,6 +422,28 @@ class AutoNero(ArchOptimizer):
         for target, value in zip(targets, values, strict=True):
             target.copy_(value)
         return expected
+
+    def _features(
+        self, heads: list[Tensor], past: Rows, grad: Tensor, t: Tensor, group: dict[str, Any], f: Tensor
+    ) -> Tensor:
+        """h of some heads, `(heads, 1, 1, 1)`, with the squares of the gradients of this step in it."""
+        beta2, named = group["beta2"], dict(self._named_params())
+        names = {param: name for name, param in named.items()}
+        squares = past.exp_avg_sq.lerp(row_norm(grad, (-1,)).square(), 1 - beta2) / bias_correction(beta2, t)
+        told = []
+        for head, square in zip(heads, squares, strict=True):
+            bias = named.get(_bias_name(names.get(head, "")))
+            bias_sq = None
+            if bias is not None and bias.grad is not None and bias.numel() == square.numel():
+                state = self.state[bias]
+                now = (bias.grad.to(state["exp_avg_sq"]) * f).square()
+                bias_sq = state["exp_avg_sq"].lerp(now, 1 - beta2) / bias_correction(beta2, state["step"] + 1)
+            told.append(feature_norm(square, bias_sq, past.weight.size(-1)))
+        return torch.stack(told).reshape(-1, 1, 1, 1)
+
+    def _named_params(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.param_groups:
+            yield from zip(group.get("param_names", ()), group["params"])
 
     def _drop_movements(self, live: Tensor) -> None:
         """A tensor without a gradient took no part in this step: its movement is of another point, so forget it."""
@@ -413,6 +462,16 @@ def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     if group["family"] == "vector":
         return ()
     return fan_in_dims(param.shape, group["neuron_dim"], group["channel_groups"])
+
+
+def _steps_plainly(group: Mapping[str, Any]) -> bool:
+    """Whether rows are those of a head that takes plain steps."""
+    return bool(group["family"] == "head" and group["head"] == "plain")
+
+
+def _bias_name(weight: str) -> str:
+    """What the bias beside a weight of this name is called, under a parametrization too."""
+    return weight.partition(".parametrizations.")[0].removesuffix(".weight") + ".bias"
 
 
 def _movement_dtype(exact: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:

@@ -15,11 +15,18 @@ and then for every tensor, with rows w of radius R, averages m of g and v of ||g
 
     gh     =  m / (1 - beta^t),   s = sqrt(v / (1 - beta2^t))
     u      =  R U / ||U||,  U the polar factor of gh                 (rows of a hidden matrix)
-    u      =  R gh / s                                               (rows of a head, of an embedding)
+    u      =  R gh / s                                               (rows of an embedding)
+    u      =  a gh / s,  a = K / max(h, 1)                           (rows of a head)
     u      =  gh / s                                                 (entries of a vector)
-    R'     =  R exp(-theta <gh, w> / (2 R s))                        (hidden, head)
-    w'     =  R' (w - theta u) / ||w - theta u||                     (rows; p' = p - theta u for entries)
+    R'     =  R exp(-theta <gh, w> / (R s))                          (hidden)
+    w'     =  R' (w - theta u) / ||w - theta u||                     (rows of hidden, embedding)
+    w'     =  w - theta u                                            (rows of a head, entries of a vector)
     d      =  (w - w') / theta,   G = sum <gh, d>
+
+h is how long the features are that a head reads, as gradients tell: the gradient of a row is that of its entry of
+the bias times the features, so h = ||s|| / ||s of the bias||, norms over the rows; sqrt(fan_in), features of RMS 1,
+where there is no bias. So a step changes an output by up to about K theta.
+
 
 theta begins at initial_theta, or at 1/(2L) with L matrices where that is less, and doubles at each step in which
 initial_theta 2^(t-1) < 0.01.
@@ -135,12 +142,16 @@ def rows_update(
     beta2: float,
     family: str,
     method: str,
+    exponent: float,
+    features: Tensor | None,
+    gain: float,
 ) -> tuple[Rows, Tensor]:
     """One step of the rows of a matrix: returns the new rows and sum <gh, d>.
 
     A row keeps its bits where lr, its direction or s is zero. A *young* row, which had norm 0 at the start, takes
     plain steps -theta u, with R = 1 in u (sqrt(fan_in) in an embedding), and R follows its norm until that reaches
-    `grows_to`.
+    `grows_to`. exponent: of the radius, 1 in the equation above. features: h, one a tensor, where rows are those of
+    a head that takes plain steps; gain: its K.
     """
     w, m, v, _, R, grows_to = past
     m = m.lerp(grad, 1 - beta)
@@ -154,19 +165,34 @@ def rows_update(
     angle = theta * lr
     moves = (length > 0) & (s > 0) & (angle != 0)
     reach = torch.where(young, w.size(-1) ** 0.5 if family == "embedding" else 1.0, R)
+    plain = young
+    if features is not None:
+        reach, plain = gain / features.clamp(min=1.0), torch.ones_like(young)
     stepped = w - angle * reach / nonzero(length) * direction
     norm = row_norm(stepped, FAN_IN)
     moves = moves & (norm > 0)
 
     grown = R
     if family != "embedding":
-        grown = R * torch.exp(-0.5 * angle * (gh * w).sum(-1, keepdim=True) / nonzero(R * s))
-    new_radius = torch.where(moves, torch.where(young, norm, grown), R)
-    turned = torch.where(young, stepped, grown / nonzero(norm) * stepped)
+        grown = R * torch.exp(-exponent * angle * (gh * w).sum(-1, keepdim=True) / nonzero(R * s))
+    new_radius = torch.where(moves, torch.where(plain, norm, grown), R)
+    turned = torch.where(plain, stepped, grown / nonzero(norm) * stepped)
     new_weight = torch.where(moves, turned, w)
     d = (w - new_weight) / theta
     still_growing = torch.where(young & (new_radius >= grows_to), 0.0, grows_to)
     return Rows(new_weight, m, v, d, new_radius, still_growing), (gh * d).sum()
+
+
+def feature_norm(weight_sq: Tensor, bias_sq: Tensor | None, fan_in: int) -> Tensor:
+    """h, the norm of the features that a head reads, from running squares of the gradients of its rows and bias.
+
+    Both bias-corrected, any shapes. Without a bias, or where its gradients are all zero, sqrt(fan_in).
+    """
+    usual = torch.full((), fan_in**0.5, dtype=weight_sq.dtype, device=weight_sq.device)
+    if bias_sq is None:
+        return usual
+    told = bias_sq.to(weight_sq).sum()
+    return torch.where(told > 0, (weight_sq.sum() / nonzero(told)).sqrt(), usual)
 
 
 def vector_update(
