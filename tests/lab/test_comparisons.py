@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from archopt.lab import options
+from archopt.lab.calls import parse_call
 from archopt.lab.cli import BAD_INPUT, DONE, main
 from archopt.lab.commands import Compare, _named, of_comparison, plan
 from archopt.lab.comparisons import COMPARISONS, at_rates, spelled
@@ -88,8 +89,8 @@ def test_every_comparison_can_be_asked_for(name: str) -> None:
     made = plan(asked(name), "")
     assert name not in registry()
     assert all(tried for tried in rates(made).values())
-    for workload in named.workloads:
-        make_workload(workload_class(workload), "paper", {})
+    for call in map(parse_call, named.workloads):
+        make_workload(workload_class(call.name), "paper", call.options)
     for reading in named.published:
         assert reading.workload in named.workloads
         tried = parse_optimizer(at_rates(reading.optimizer, named.lrs))

@@ -18,6 +18,7 @@ COMMANDS = {
     "list": "the workloads, the optimisers and the data sets that there are",
     "train": "train one workload with one optimiser",
     "compare": "train optimisers side by side over learning rates and seeds, and draw the page",
+    "reproduce": "train all experiments of a paper and draw its page",
     "report": "draw the page of a comparison again",
     "data": "list, fetch or import data sets",
     "roles": "show what each parameter of a model is and how Nero and AGD treat it",

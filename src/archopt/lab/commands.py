@@ -27,7 +27,8 @@ from archopt.lab.optimizers import ENTRIES, check_lr, parse_optimizer
 from archopt.lab.plan import Plan, parse_device, rates, show_metric
 from archopt.lab.progress import RunProgress, SweepProgress
 from archopt.lab.record import run_path
-from archopt.lab.sweep import sweep
+from archopt.lab.reproduction import REPRODUCTIONS, Request, reproduce
+from archopt.lab.sweep import Outcome, sweep
 from archopt.lab.train import Settings, train
 from archopt.lab.user_files import describe, is_file, load_object
 from archopt.lab.workload import Workload
@@ -328,6 +329,11 @@ def _compare(plan: Plan) -> int:
     with SweepProgress(console) as progress:
         outcome = sweep(plan, progress)
     _show_report(plan.out, console)
+    return _status(outcome)
+
+
+def _status(outcome: Outcome) -> int:
+    """The exit status, after what failed has been said."""
     for error in outcome.errors[:10]:
         print(f"archopt: a run failed: {error}", file=sys.stderr)
     if outcome.failed > 10:
@@ -344,6 +350,64 @@ def _show_report(folder: Path, console: Console, asked: str | None = None) -> No
     console.print(f"page: {page}", highlight=False, soft_wrap=True, markup=False)
 
 
+# -- reproduce ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reproduce(Running):
+    """Options of `archopt reproduce`."""
+
+    paper: Annotated[Positional[str], arg(metavar="PAPER")] = ""
+    """Whose experiments: see the list above."""
+    parts: Annotated[str | None, arg(metavar="A,B,...")] = None
+    """Only these of its comparisons (default: all)."""
+    seeds: Annotated[str | None, arg(metavar="N,N,...")] = None
+    """Seeds (default: the paper's)."""
+    jobs: Annotated[int | None, arg(metavar="N")] = None
+    """Runs at a time, each in a process of its own (default: the number of cores; on CUDA 1)."""
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the reproduction (default: runs/reproduce-PAPER-PRESET)."""
+
+
+def reproduce_command(args: list[str]) -> int:
+    """`archopt reproduce`: all comparisons of a paper, one page."""
+    listed = "; ".join(
+        f"{name}: {', '.join(part.name for part in known.parts)}" for name, known in REPRODUCTIONS.items()
+    )
+    text = (
+        "Trains all experiments of a paper and writes a page with our numbers beside the published ones. Given "
+        f"again, the command goes on where it stopped; runs that have ended are kept. There are: {listed}."
+    )
+    asked = options.parse(Reproduce, args, prog="archopt reproduce", description=text)
+    if asked.paper not in REPRODUCTIONS:
+        given = f"{asked.paper!r}{nearest(asked.paper, REPRODUCTIONS)}" if asked.paper else "no name"
+        raise LabError(f"archopt reproduce needs a paper, got {given} (there are {', '.join(REPRODUCTIONS)})")
+    out = asked.out or OUT / f"reproduce-{asked.paper}-{asked.preset}"
+    request = Request(
+        reproduction=REPRODUCTIONS[asked.paper],
+        preset=asked.preset,
+        out=out,
+        parts=tuple(split_list(asked.parts)) if asked.parts else (),
+        seeds=None if asked.seeds is None else tuple(options.integers(asked.seeds, "--seeds")),
+        data=asked.data,
+        settings=asked.settings(),
+        jobs=asked.jobs,
+        command=" ".join(["archopt", "reproduce", *map(_quoted, args)]),
+    )
+    console = Console()
+    with SweepProgress(console) as progress:
+        outcome = reproduce(request, progress, progress.say)
+    _show_reproduction(out, console)
+    return _status(outcome)
+
+
+def _show_reproduction(folder: Path, console: Console) -> None:
+    from archopt.lab.report import write_reproduction
+
+    page = write_reproduction(folder)
+    console.print(f"page: {page}", highlight=False, soft_wrap=True, markup=False)
+
+
 # -- report ------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +416,7 @@ class Report:
     """Options of `archopt report`."""
 
     folder: Annotated[Positional[Path | None], arg(metavar="DIR")] = None
-    """The folder of a comparison, or of runs: what `archopt compare` or `archopt train` had as --out."""
+    """The folder of a comparison, a reproduction, or of runs: what the command that made it had as --out."""
     target: Annotated[str | None, arg(metavar="VALUE")] = None
     """The metric's value whose time is told, 0.95 or digits=0.95,mnist-cwn=0.9 (default: 95 % of the way from
     before training to the best mean)."""
@@ -368,7 +432,16 @@ def report_command(args: list[str]) -> int:
         raise LabError(
             "archopt report needs a folder: what `archopt compare` or `archopt train` had as --out"
         )
-    _show_report(asked.folder, Console(), asked.target)
+    from archopt.lab.report import is_reproduction
+
+    if is_reproduction(asked.folder):
+        if asked.target is not None:
+            raise LabError(
+                f"{asked.folder} is a reproduction: --target is for one comparison, a folder in it"
+            )
+        _show_reproduction(asked.folder, Console())
+    else:
+        _show_report(asked.folder, Console(), asked.target)
     return 0
 
 

@@ -67,6 +67,10 @@ class SweepProgress:
             self._all = self._progress.add_task("all runs", total=self._runs, metric="")
         self._progress.update(self._all, total=self._runs)
 
+    def say(self, words: str) -> None:
+        """A line between the runs."""
+        self._console.print(words, soft_wrap=True, highlight=False, markup=False)
+
     def progress(self, worker: int, spec: RunSpec, step: int, metric: float | None) -> None:
         """Moves a worker's bar."""
         shown = "" if metric is None else show_metric(spec.metric, metric)

@@ -199,8 +199,10 @@ class _Crew:
             member.connection.close()
 
 
-def sweep(plan: Plan, follower: Follower) -> Outcome:
-    """Does all runs of a comparison that have not ended yet.
+def sweep(plan: Plan, follower: Follower, seeds: Sequence[int] | None = None) -> Outcome:
+    """Does all runs of a comparison that have not ended yet; only those of `seeds` where these are given.
+
+    Where some seeds tune, they must have run when others are asked for.
 
     Raises LabError and DataError as `plan_runs` does, RecordError where records cannot be written (finished runs
     are kept), and KeyboardInterrupt after the workers have written their checkpoints.
@@ -208,9 +210,10 @@ def sweep(plan: Plan, follower: Follower) -> Outcome:
     if plan.jobs is not None and plan.jobs < 1:
         raise LabError(f"--jobs {plan.jobs}, expected at least 1")
     specs, outcome = plan_runs(plan), Outcome()
-    _do(plan, tuning_runs(plan, specs), follower, outcome)
+    wanted = frozenset(plan.seeds if seeds is None else seeds)
+    _do(plan, [spec for spec in tuning_runs(plan, specs) if spec.seed in wanted], follower, outcome)
     if plan.tuning_seeds:
-        _do(plan, remaining_runs(plan, specs), follower, outcome)
+        _do(plan, [spec for spec in remaining_runs(plan, specs) if spec.seed in wanted], follower, outcome)
     return outcome
 
 

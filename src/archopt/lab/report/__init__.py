@@ -5,7 +5,15 @@ page = write_report(Path("runs/demo"))
 """
 
 from archopt.lab.report.load import ReportError
+from archopt.lab.report.reproduction import is_reproduction
 from archopt.lab.report.statistics import parse_target
-from archopt.lab.report.write import print_table, write_report
+from archopt.lab.report.write import print_table, write_report, write_reproduction
 
-__all__ = ["ReportError", "parse_target", "print_table", "write_report"]
+__all__ = [
+    "ReportError",
+    "is_reproduction",
+    "parse_target",
+    "print_table",
+    "write_report",
+    "write_reproduction",
+]

@@ -185,7 +185,7 @@ def load(folder: Path) -> Comparison:
 
 def _asked_for(folder: Path, path: Path) -> Comparison:
     """What `comparison.json` asks for, and what there is of it."""
-    record = _read_json(path)
+    record = read_record(path)
     _check_format(record, path)
     optimizers = tuple(
         optimizer
@@ -343,7 +343,7 @@ def _read_runs(root: Path, folder: Path) -> dict[Key, Run]:
 
 def _read_run(root: Path, folder: Path) -> Run:
     path = folder / "config.json"
-    config = _read_json(path)
+    config = read_record(path)
     _check_format(config, path)
     optimizer = _need(config, "optimizer", dict, path)
     label, seed = _need(optimizer, "label", str, path), _need(config, "seed", int, path)
@@ -352,7 +352,7 @@ def _read_run(root: Path, folder: Path) -> Run:
     status: Status = "unfinished"
     path = folder / "result.json"
     if path.is_file():
-        result = _read_json(path)
+        result = read_record(path)
         status = _status(result, path)
     place = folder.relative_to(root).as_posix()
     return Run(label, lr, seed, status, place, _read_points(folder / "metrics.jsonl"), config, result)
@@ -439,7 +439,8 @@ def _metric(record: dict[str, Any], path: Path) -> Metric:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises ReportError, which names it, for anything else."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

@@ -8,8 +8,9 @@ import altair as alt
 import vl_convert
 
 from archopt.lab.report.charts import figures
+from archopt.lab.report.html import FIGURES
 from archopt.lab.report.load import Comparison
-from archopt.lab.report.page import FIGURES, page
+from archopt.lab.report.page import page
 from archopt.lab.report.panels import Figure
 from archopt.lab.report.statistics import Summary
 from archopt.lab.report.style import Style

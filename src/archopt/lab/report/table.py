@@ -85,7 +85,7 @@ def results(summary: Summary) -> Table:
         for row in summary.rows
     ]
     title = f"final {metric.name}{f' in {unit}' if unit else ''}"
-    return Table(summary.workload.title, title, columns, _with_best(rows))
+    return Table(summary.workload.title, title, columns, with_best(rows))
 
 
 def target_times(summary: Summary) -> Table:
@@ -109,7 +109,7 @@ def target_times(summary: Summary) -> Table:
     ]
     metric = summary.workload.metric
     title = f"steps and time to {metric.name} {text.value(metric, summary.target)}"
-    return Table(summary.workload.title, title, columns, _with_best(rows))
+    return Table(summary.workload.title, title, columns, with_best(rows))
 
 
 def costs(summary: Summary) -> Table:
@@ -136,7 +136,7 @@ def costs(summary: Summary) -> Table:
         )
         for row in summary.rows
     ]
-    return Table(summary.workload.title, "cost of a step", columns, _with_best(rows))
+    return Table(summary.workload.title, "cost of a step", columns, with_best(rows))
 
 
 def overall(summaries: Sequence[Summary]) -> Table:
@@ -171,7 +171,7 @@ def overall(summaries: Sequence[Summary]) -> Table:
         ]
         rows.append((Entry(label), *regrets, Entry(f"{reached} of {len(summaries)}", -reached)))
     rows.sort(key=lambda row: row[-1].order or 0.0)
-    return Table("all workloads", "regret of the default", columns, _with_best(rows))
+    return Table("all workloads", "regret of the default", columns, with_best(rows))
 
 
 def _best_rate(row: Row) -> str:
@@ -224,7 +224,7 @@ def _or_last(number: float | None) -> float:
     return math.inf if number is None else number
 
 
-def _with_best(rows: Sequence[tuple[Entry, ...]]) -> tuple[tuple[Entry, ...], ...]:
+def with_best(rows: Sequence[tuple[Entry, ...]]) -> tuple[tuple[Entry, ...], ...]:
     """Marks the best entries of each column, and those that read the same; none where all read the same."""
     columns = []
     for column in zip(*rows):
@@ -344,31 +344,32 @@ def markdown(comparison: Comparison, summaries: Sequence[Summary]) -> str:
     """All tables with their notes as Markdown."""
     parts = [f"`{comparison.command}`"] if comparison.command else []
     if len(summaries) > 1:
-        parts.append(_markdown_table(overall(summaries)))
+        parts.append(markdown_table(overall(summaries)))
     for summary in summaries:
-        parts += [_markdown_table(table) for table in tables(summary)]
-        parts.append("\n".join(f"- {_markdown(note)}" for note in notes(comparison, summary)))
+        parts += [markdown_table(table) for table in tables(summary)]
+        parts.append("\n".join(f"- {escaped(note)}" for note in notes(comparison, summary)))
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """One table under its title."""
     lines = [
-        f"### {_markdown(f'{table.subject}: {table.title}')}",
+        f"### {escaped(f'{table.subject}: {table.title}')}",
         "",
         _markdown_row(column.name for column in table.columns),
     ]
     lines.append("|" + " --- |" + " ---: |" * (len(table.columns) - 1))
     for row in table.rows:
-        marked = (f"**{_markdown(e.text)}**" if e.best else _markdown(e.text) for e in row)
+        marked = (f"**{escaped(e.text)}**" if e.best else escaped(e.text) for e in row)
         lines.append(f"| {' | '.join(marked)} |")
     return "\n".join(lines)
 
 
 def _markdown_row(names: Iterable[str]) -> str:
-    return f"| {' | '.join(map(_markdown, names))} |"
+    return f"| {' | '.join(map(escaped, names))} |"
 
 
-def _markdown(words: str) -> str:
+def escaped(words: str) -> str:
     """Free text, with the characters that Markdown and HTML would take as their own made harmless."""
     words = " ".join(words.split()).replace("&", "&amp;").replace("<", "&lt;")
     for character in "\\`*_[]|":

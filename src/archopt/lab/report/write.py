@@ -7,12 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from archopt.lab.report import reproduction
 from archopt.lab.report.load import ReportError, load
+from archopt.lab.report.reproduction import PAGE, load_reproduction
 from archopt.lab.report.statistics import summarise
 from archopt.lab.report.style import styles
 from archopt.lab.report.table import as_json, markdown, show
 
-PAGE = "report.html"
 PNG_SCALE = 2.0
 """Pixels of a PNG for each of the picture's own, so that it is sharp on a fine screen."""
 
@@ -51,6 +52,22 @@ def write_report(folder: Path, *, target: float | Mapping[str, float] | None = N
     _write(comparison.folder / "table.json", table.encode())
     _write(comparison.folder / PAGE, drawn.page.encode())
     return comparison.folder / PAGE
+
+
+def write_reproduction(folder: Path) -> Path:
+    """Writes the page of a reproduction, `report.html` and `report.md`, and that of each of its comparisons.
+
+    Returns the page's path. Raises ReportError as `write_report` does.
+    """
+    from archopt.lab.report import render
+
+    found = load_reproduction(Path(folder))
+    for part in found.parts:
+        if part.workloads:
+            write_report(found.folder / part.name)
+    _write(found.folder / "report.md", reproduction.markdown(found).encode())
+    _write(found.folder / PAGE, reproduction.page(found, render.program()).encode())
+    return found.folder / PAGE
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,0 +1,340 @@
+"""The page of a reproduction: our numbers beside the published ones, comparison by comparison.
+
+Reads files alone: `reproduction.json` and the comparisons' folders. What has not been trained is shown as missing,
+what could not be trained here says why, and every way in which a preset differs from the paper is listed.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from archopt.lab.report import html, text
+from archopt.lab.report.charts import learning_curves, sensitivity
+from archopt.lab.report.load import Comparison, Metric, ReportError, Workload, load, read_record
+from archopt.lab.report.panels import Figure
+from archopt.lab.report.statistics import Cell, Row, Spread, Summary, summarise
+from archopt.lab.report.style import Style, styles
+from archopt.lab.report.table import Column, Entry, Table, escaped, markdown_table, with_best
+
+RECORD = "reproduction.json"
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the paper says of one optimiser on one workload."""
+
+    optimizer: str
+    lr: float
+    mean: float | None
+    deviation: float | None
+    metric: str
+    """Key of the metric that it is given in; empty: the workload's."""
+
+    def text(self, metric: Metric) -> str:
+        """The value as the metric is written."""
+        if self.mean is None:
+            return text.NONE
+        deviation = self.deviation or 0.0
+        spread = Spread(self.mean, deviation, self.mean, self.mean, 3 if self.deviation is not None else 1)
+        return text.mean_and_sd(metric, spread)
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """One workload of a part: what was trained, what the paper says, and how the two settings differ."""
+
+    summary: Summary
+    published: Mapping[str, Published]
+    """By the optimiser's label."""
+    deviations: Mapping[str, Sequence[Any]]
+
+    @property
+    def workload(self) -> Workload:
+        return self.summary.workload
+
+    @property
+    def other_metric(self) -> str:
+        """The paper's metric where it is another one than ours."""
+        keys = {known.metric for known in self.published.values() if known.metric}
+        return ", ".join(sorted(keys - {self.workload.metric.key}))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of the paper."""
+
+    name: str
+    summary: str
+    source: str
+    refused: str
+    """Why it cannot be trained here, or empty."""
+    comparison: Comparison | None
+    """None where nothing has been trained."""
+    workloads: tuple[Reproduced, ...]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """All that a reproduction's folder holds."""
+
+    folder: Path
+    title: str
+    preset: str
+    command: str
+    parts: tuple[Part, ...]
+
+
+def is_reproduction(folder: Path) -> bool:
+    """Whether this is the folder of a reproduction rather than of one comparison."""
+    return (Path(folder) / RECORD).is_file()
+
+
+def load_reproduction(folder: Path) -> Reproduction:
+    """Reads a reproduction. Raises ReportError, which names the file, where a record is broken."""
+    record = read_record(folder / RECORD)
+    try:
+        parts = tuple(_part(folder, entry) for entry in record["parts"])
+        return Reproduction(folder, record["title"], record["preset"], record["command"], parts)
+    except (KeyError, TypeError) as error:
+        raise ReportError(f"{folder / RECORD} is not a reproduction's record ({error!r})") from None
+
+
+def _part(folder: Path, entry: Mapping[str, Any]) -> Part:
+    place = folder / entry["name"]
+    comparison, workloads = None, []
+    if (place / "comparison.json").is_file() and any(place.rglob("config.json")):
+        comparison = load(place)
+        for summary, told in zip(summarise(comparison), entry["workloads"], strict=True):
+            published = {known["optimizer"]: Published(**known) for known in told["published"]}
+            workloads.append(Reproduced(summary, published, told["deviations"]))
+    return Part(
+        entry["name"], entry["summary"], entry["source"], entry["refused"], comparison, tuple(workloads)
+    )
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+def beside(workload: Reproduced) -> Table:
+    """Every optimiser's best numbers beside the paper's."""
+    metric = workload.workload.metric
+    columns = (
+        Column("optimiser", "Sorted by our final metric; what has not been trained comes last."),
+        Column("lr", "The rate at which our number stands: the best of those that were run."),
+        Column("here", f"Final {metric.name}: mean ± population standard deviation over the seeds."),
+        Column("seeds", "That finished, of those asked for at this rate."),
+        Column("published lr", "The paper's best rate."),
+        Column("published", "The paper's number, over three seeds."),
+    )
+    rows = [
+        _beside_row(row.optimizer.label, row.leading, workload)
+        for row in sorted(workload.summary.rows, key=lambda row: row.leading.rank())
+    ]
+    trained = {row.optimizer.label for row in workload.summary.rows}
+    rows += [_beside_row(label, None, workload) for label in workload.published if label not in trained]
+    title = f"final {metric.name}{' in %' if metric.percent else ''}, beside the paper's"
+    return Table(workload.workload.title, title, columns, with_best(rows))
+
+
+def _beside_row(label: str, cell: Cell | None, workload: Reproduced) -> tuple[Entry, ...]:
+    metric, known = workload.workload.metric, workload.published.get(label)
+    final = None if cell is None else cell.final
+    sign = -1 if metric.higher_is_better else 1
+    seeds = text.NONE if cell is None else f"{len(cell.finished)}/{len(cell.runs)}"
+    stated = text.NONE if known is None else known.text(metric)
+    order = None if known is None or known.mean is None else sign * known.mean
+    return (
+        Entry(label),
+        Entry(text.rate(None if cell is None else cell.lr)),
+        Entry(text.final(cell), math.inf if final is None else sign * final.mean),
+        Entry(seeds, bad=cell is not None and not cell.complete),
+        Entry(text.rate(None if known is None else known.lr)),
+        Entry(stated, order),
+    )
+
+
+def overview(reproduction: Reproduction) -> Table:
+    """The paper's table: a row a workload, each optimiser's number with the published one in brackets."""
+    told = [
+        workload
+        for part in reproduction.parts
+        for workload in part.workloads
+        if any(known.mean is not None for known in workload.published.values())
+    ]
+    fullest = sorted(told, key=lambda workload: -len(workload.published))  # its order is the paper's
+    labels = list(dict.fromkeys(label for workload in fullest for label in workload.published))
+    own = list(
+        dict.fromkeys(
+            row.optimizer.label
+            for workload in told
+            for row in workload.summary.rows
+            if row.optimizer.label not in labels and not row.optimizer.averaged
+        )
+    )
+    columns = (
+        Column("workload", "With the preset that was trained."),
+        Column("metric", "Ours; where the paper's is another, that one in brackets."),
+        *(Column(label, "Ours, and in brackets the published number.") for label in (*labels, *own)),
+    )
+    rows = tuple(_overview_row(workload, (*labels, *own)) for workload in told)
+    return Table(reproduction.title, "ours (published)", columns, rows)
+
+
+def _overview_row(workload: Reproduced, labels: Sequence[str]) -> tuple[Entry, ...]:
+    metric = workload.workload.metric
+    arrow = "↑" if metric.higher_is_better else "↓"
+    other = f" ({workload.other_metric})" if workload.other_metric else ""
+    rows = {row.optimizer.label: row for row in workload.summary.rows}
+    return (
+        Entry(workload.workload.title),
+        Entry(f"{metric.name} {arrow}{other}"),
+        *(_overview_entry(rows.get(label), workload, label) for label in labels),
+    )
+
+
+def _overview_entry(row: Row | None, workload: Reproduced, label: str) -> Entry:
+    known = workload.published.get(label)
+    stated = f" ({known.text(workload.workload.metric)})" if known and known.mean is not None else ""
+    if row is None:
+        return Entry(f"{text.NONE}{stated}")
+    return Entry(f"{text.final(row.leading)}{stated}", best=row is _best(workload.summary))
+
+
+def _best(summary: Summary) -> Row | None:
+    ranked = [row for row in summary.rows if row.best is not None]
+    return min(ranked, key=lambda row: row.leading.rank(), default=None)
+
+
+# -- words -------------------------------------------------------------------------------------------------
+
+
+def remarks(workload: Reproduced) -> list[str]:
+    """In what the training differs from the paper's, and whether the order of the optimisers is the paper's."""
+    lines = []
+    if workload.deviations:
+        changes = [
+            f"{name} {here!r} instead of {paper!r}" for name, (paper, here) in workload.deviations.items()
+        ]
+        lines.append(f"Not the paper's setting: {'; '.join(changes)}.")
+    if workload.workload.data_note:
+        lines.append(f"Not the paper's data: {workload.workload.data_note}.")
+    if workload.other_metric:
+        lines.append(
+            f"The paper's numbers are in another metric, {workload.other_metric}, and cannot be compared with ours."
+        )
+    lines += _orders(workload)
+    lines += _rates(workload)
+    return lines
+
+
+def _orders(workload: Reproduced) -> Iterator[str]:
+    """The order of the optimisers that both have."""
+    metric = workload.workload.metric
+    ours = {row.optimizer.label: row.leading for row in workload.summary.rows if row.best is not None}
+    means = {
+        label: known.mean
+        for label, known in workload.published.items()
+        if known.mean is not None and label in ours
+    }
+    if len(means) < 2:
+        return
+    sign = -1 if metric.higher_is_better else 1
+    paper = sorted(means, key=lambda label: sign * means[label])
+    here = sorted(means, key=lambda label: ours[label].rank())
+    same = "the same order" if paper == here else "another order"
+    yield f"From best to worst in the paper: {', '.join(paper)}; here: {', '.join(here)} ({same})."
+
+
+def _rates(workload: Reproduced) -> Iterator[str]:
+    """The best rates, where several were tried."""
+    pairs = []
+    for row in workload.summary.rows:
+        known = workload.published.get(row.optimizer.label)
+        tried = [cell for cell in row.cells if cell.finished]
+        if known is not None and row.best is not None and len(tried) > 1:
+            edge = ", at the edge of the rates tried" if row.best_at_edge else ""
+            pairs.append(
+                f"{row.optimizer.label} {text.rate(row.best.lr)} (paper: {text.rate(known.lr)}{edge})"
+            )
+    if pairs:
+        yield f"Best rates here: {'; '.join(pairs)}."
+
+
+# -- the files ---------------------------------------------------------------------------------------------
+
+
+def markdown(reproduction: Reproduction) -> str:
+    """All tables with their remarks as Markdown."""
+    pieces = [f"# {escaped(reproduction.title)}", f"`{reproduction.command}`"]
+    pieces.append(f"Preset {escaped(reproduction.preset)}.")
+    pieces.append(markdown_table(overview(reproduction)))
+    for part in reproduction.parts:
+        pieces.append(f"## {escaped(part.name)}: {escaped(part.summary)}")
+        pieces.append(f"{escaped(part.source)}." + (f" {escaped(_absence(part))}" if _absence(part) else ""))
+        for workload in part.workloads:
+            pieces.append(markdown_table(beside(workload)))
+            pieces.append("\n".join(f"- {escaped(line)}" for line in remarks(workload)))
+    return "\n\n".join(piece for piece in pieces if piece) + "\n"
+
+
+def _absence(part: Part) -> str:
+    if part.refused:
+        return f"Not trained here: {part.refused}"
+    return "" if part.workloads else "Not trained yet."
+
+
+def page(reproduction: Reproduction, program: str) -> str:
+    """The page, which draws its own pictures with `program`."""
+    looks = _looks(reproduction)
+    specs: list[dict[str, Any]] = []
+    links = "".join(f'<a href="#{escape(part.name)}">{escape(part.name)}</a>' for part in reproduction.parts)
+    pieces = [
+        f"<header><h1>{escape(reproduction.title)}</h1>"
+        f'<p class="soft">Trained again by archopt, preset {escape(reproduction.preset)}: our numbers beside the '
+        "paper's. Means ± population standard deviations over seeds.</p>"
+        f"<nav>{links}</nav><pre>{escape(reproduction.command)}</pre>{html.legend(looks)}</header>",
+        html.section("table", "The published table", [html.table(overview(reproduction))]),
+    ]
+    for part in reproduction.parts:
+        title = f"{html.capital(part.summary)}"
+        pieces.append(html.section(part.name, title, _body(part, looks, specs)))
+    footer = (
+        "Made by <code>archopt report</code> from the records in this folder; the tables are also in "
+        '<a href="report.md">report.md</a>.'
+    )
+    return html.document(reproduction.title, pieces, specs, looks, program, footer)
+
+
+def _looks(reproduction: Reproduction) -> dict[str, Style]:
+    labels = [
+        optimizer.label
+        for part in reproduction.parts
+        if part.comparison is not None
+        for optimizer in part.comparison.optimizers
+    ]
+    return styles(dict.fromkeys(labels))
+
+
+def _body(part: Part, looks: dict[str, Style], specs: list[dict[str, Any]]) -> Iterable[str]:
+    whole = f' <a href="{quote(part.name)}/{PAGE}">All of it.</a>' if part.workloads else ""
+    yield f'<p class="soft">{escape(part.name)}: {escape(part.source)}. {escape(_absence(part))}{whole}</p>'
+    for workload in part.workloads:
+        yield html.table(beside(workload), subject=True)
+        lines = "".join(f"<li>{escape(line)}</li>" for line in remarks(workload))
+        yield f'<ul class="notes">{lines}</ul>'
+        for figure in _figures(workload.summary, looks):
+            yield html.figure(figure, specs, f"{part.name}/{html.FIGURES}")
+
+
+def _figures(summary: Summary, looks: dict[str, Style]) -> Iterator[Figure]:
+    """Curves and, where several rates were tried, the metric over the rate."""
+    if (curves := learning_curves(summary, looks, best=True)) is not None:
+        yield curves
+    several = any(len(row.cells) > 1 for row in summary.rows)
+    if several and (rates := sensitivity(summary, looks)) is not None:
+        yield rates
