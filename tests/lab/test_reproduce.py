@@ -1,0 +1,183 @@
+"""Reproductions of papers: what each trains and in what order, sharing runs, going on, and the page."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from archopt.lab.calls import parse_call
+from archopt.lab.cli import BAD_INPUT, DONE, main
+from archopt.lab.comparisons import COMPARISONS, NamedComparison, Reading
+from archopt.lab.experiment import make_workload, workload_class
+from archopt.lab.optimizers import parse_optimizer
+from archopt.lab.report.reproduction import load_reproduction, remarks
+from archopt.lab.reproduction import REPRODUCTIONS, Part, Reproduction, Request, deviations, part_plan
+from lab.running import TOY
+
+NERO = REPRODUCTIONS["nero"]
+
+
+@pytest.fixture
+def toy_paper(monkeypatch: pytest.MonkeyPatch) -> Reproduction:
+    """A paper of three comparisons on a toy: one at published rates, one over rates, one whose data are missing."""
+    toy = str(TOY)
+    rows = NamedComparison(
+        "rows",
+        "two rules",
+        "somewhere, table 1",
+        (toy,),
+        ("sgd", "adam"),
+        (0.02, 0.05, 0.5),
+        published=(
+            Reading(toy, "sgd", 0.05, 0.9, 0.01),
+            Reading(toy, "adam", 0.02, 0.5, 0.02),
+        ),
+    )
+    grid = NamedComparison(
+        "grid",
+        "rates",
+        "somewhere, figure 2",
+        (toy,),
+        ("sgd",),
+        (0.05, 0.5),
+        published=(Reading(toy, "sgd", 0.05),),
+    )
+    absent = NamedComparison("absent", "no data", "nowhere", ("mnist-cwn",), ("adam",), (0.1,))
+    made = Reproduction(
+        "toy-paper",
+        "A paper",
+        (Part(grid, beside=(), over_rates=True), Part(rows, beside=("agd",)), Part(absent, beside=())),
+    )
+    monkeypatch.setitem(REPRODUCTIONS, "toy-paper", made)
+    return made
+
+
+def arguments(out: Path, *more: str) -> list[str]:
+    usual = ["--preset", "smoke", "--jobs", "1", "--threads", "1", "--data", str(out / "no-data")]
+    return ["reproduce", "toy-paper", *usual, "--out", str(out), *more]
+
+
+def ended(out: Path) -> dict[str, int]:
+    """The runs that have ended, with the time at which."""
+    return {str(path.parent.relative_to(out)): path.stat().st_mtime_ns for path in out.rglob("result.json")}
+
+
+def test_a_paper_is_trained_to_its_page(toy_paper: Reproduction, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(out, "--seeds", "0,1")) == DONE, capsys.readouterr().err
+    said = capsys.readouterr().out
+    order = [said.index(words) for words in ("rows, seed 0", "rows, seeds 0, 1", "grid, seed 0")]
+    assert order == sorted(order)
+    assert "absent is left out: " in said
+    found = load_reproduction(out)
+    grid, rows, absent = found.parts
+    (workload,) = rows.workloads
+    labels = {row.optimizer.label: [cell.lr for cell in row.cells] for row in workload.summary.rows}
+    assert labels == {"sgd": [0.05], "adam": [0.02], "agd": [None]}
+    assert {len(row.leading.finished) for row in workload.summary.rows} == {2}
+    assert workload.deviations == {"total": [400, 5]}
+    told = " ".join(remarks(workload))
+    assert "total 5 instead of 400" in told
+    assert "From best to worst in the paper: sgd, adam; here: " in told
+    (over_rates,) = grid.workloads
+    assert [cell.lr for cell in over_rates.summary.rows[0].cells] == [0.05, 0.5]
+    assert "Best rates here: sgd " in " ".join(remarks(over_rates))
+    assert absent.comparison is None
+    assert "mnist" in absent.refused.lower()
+    text = (out / "report.md").read_text()
+    assert "90.00 ± 1.00" in text
+    assert "Not trained here" in text
+    page = (out / "report.html").read_text()
+    assert "90.00 ± 1.00" in page
+    assert (out / "rows" / "report.html").is_file()
+    before = ended(out)
+    assert main(["report", str(out)]) == DONE
+    assert main(arguments(out, "--seeds", "0,1")) == DONE
+    assert ended(out) == before
+
+
+def test_comparisons_share_their_runs(toy_paper: Reproduction, tmp_path: Path, capsys) -> None:
+    assert main(arguments(tmp_path, "--seeds", "0")) == DONE
+    said = capsys.readouterr().out
+    # sgd at 0.05 belongs to both comparisons.
+    assert sum("sgd lr=0.05 seed 0: finished" in line for line in said.splitlines()) == 1
+    one, other = (list((tmp_path / part).rglob("lr=0.05/seed=0/result.json")) for part in ("rows", "grid"))
+    assert one[0].read_text() == other[0].read_text()
+
+
+def test_one_part_alone(toy_paper: Reproduction, tmp_path: Path) -> None:
+    assert main(arguments(tmp_path, "--parts", "rows", "--seeds", "3")) == DONE
+    assert {path.split("/")[0] for path in ended(tmp_path)} == {"rows"}
+    assert "Not trained yet" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "needs a paper, got no name (there are nero"),
+        (["nreo"], "got 'nreo'; did you mean 'nero'?"),
+        (["nero", "--parts", "figure9"], "nero has no part 'figure9' (there are reparameterisation, depth"),
+        (["nero", "--preset", "tiny", "--parts", "depth"], "has no preset 'tiny'"),
+        (["nero", "--seeds", "a"], "--seeds 'a'"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_one_line(args: list[str], said: str, capsys, tmp_path: Path) -> None:
+    assert main(["reproduce", *args, "--out", str(tmp_path / "x")]) == BAD_INPUT
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "x" / "report.html").exists()
+
+
+def test_a_target_is_for_one_comparison(toy_paper: Reproduction, tmp_path: Path, capsys) -> None:
+    assert main(arguments(tmp_path, "--parts", "rows", "--seeds", "0")) == DONE
+    assert main(["report", str(tmp_path), "--target", "0.5"]) == BAD_INPUT
+    assert "--target is for one comparison" in capsys.readouterr().err
+
+
+# -- Nero's paper ------------------------------------------------------------------------------------------
+
+
+def asked(preset: str) -> Request:
+    return Request(NERO, preset, Path("out"))
+
+
+def test_nero_has_all_nine_figures() -> None:
+    sources = " ".join(part.comparison.source for part in NERO.parts)
+    assert all(f"figure {number}" in sources for number in range(1, 10))
+    rows = {reading.workload for part in NERO.parts for reading in part.comparison.published if reading.mean}
+    assert len(rows - {"mnist-mlp100", "mnist-cwn", "mnist-cwn(sigma=100.0)"}) == 6  # the rows of the table
+
+
+@pytest.mark.parametrize("part", NERO.parts, ids=lambda part: part.name)
+def test_published_rates_are_those_of_the_workloads(part: Part) -> None:
+    """What presets other than `paper` train at the published rates must be the rates of the table."""
+    for reading in part.comparison.published if not part.over_rates else ():
+        settings = workload_class(parse_call(reading.workload).name).settings
+        assert parse_optimizer(reading.optimizer).published_lr(settings) == reading.lr
+
+
+@pytest.mark.parametrize("preset", ["paper", "small", "smoke"])
+@pytest.mark.parametrize("part", NERO.parts, ids=lambda part: part.name)
+def test_every_part_has_a_plan(part: Part, preset: str) -> None:
+    plan = part_plan(asked(preset), part)
+    assert plan.optimizers
+    assert set(plan.tuning_seeds) <= set(plan.seeds)
+    for text, workload in zip(part.comparison.workloads, plan.workloads, strict=True):
+        make_workload(workload_class(workload.name), preset, workload.options)
+        assert deviations(text, "paper") == {}
+        assert preset == "paper" or deviations(text, preset)
+    grids = [choice for choice in map(parse_optimizer, plan.optimizers) if len(choice.own_lrs) > 1]
+    assert bool(grids) == (bool(plan.tuning_seeds) or part.name in ("depth", "imagenet"))
+
+
+def test_the_record_tells_what_differs(toy_paper: Reproduction, tmp_path: Path) -> None:
+    main(arguments(tmp_path, "--parts", "rows", "--seeds", "0"))
+    record = json.loads((tmp_path / "reproduction.json").read_text())
+    assert [part["name"] for part in record["parts"]] == ["grid", "rows", "absent"]
+    assert record["parts"][1]["workloads"][0]["published"][0] == {
+        "optimizer": "sgd",
+        "lr": 0.05,
+        "mean": 0.9,
+        "deviation": 0.01,
+        "metric": "",
+    }
+    assert set(COMPARISONS) >= {"depth", "gan", "wikitext2", "translation", "pong"}
