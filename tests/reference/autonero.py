@@ -140,7 +140,7 @@ class Reference:
                 self.G += self._matrix(variable, present[name], lr, reach.get(name, 0.0))
 
     def _reach(self, head: Variable, present: dict[str, Tensor]) -> float:
-        """a = K / max(h, 1) of a head that takes plain steps, before anything has moved."""
+        """a = K / max(h, 2) of a head that takes plain steps, before anything has moved."""
 
         def squares(x: Variable, gradients: list[float]) -> float:
             now = [BETA2 * v + (1 - BETA2) * g for v, g in zip(x.v, gradients, strict=True)]
@@ -152,7 +152,7 @@ class Reference:
         if head.bias in present:
             told = squares(self.variables[head.bias], [float(b) ** 2 for b in present[head.bias]])
             features = math.sqrt(rows / told) if told > 0 else features
-        return K / max(features, 1.0)
+        return K / max(features, 2.0)
 
     def _name(self, variable: Variable) -> str:
         return next(name for name, known in self.variables.items() if known is variable)

@@ -16,7 +16,7 @@ and then for every tensor, with rows w of radius R, averages m of g and v of ||g
     gh     =  m / (1 - beta^t),   s = sqrt(v / (1 - beta2^t))
     u      =  R U / ||U||,  U the polar factor of gh                 (rows of a hidden matrix)
     u      =  R gh / s                                               (rows of an embedding)
-    u      =  a gh / s,  a = K / max(h, 1)                           (rows of a head)
+    u      =  a gh / s,  a = K / max(h, 2)                           (rows of a head)
     u      =  gh / s                                                 (entries of a vector)
     R'     =  R exp(-theta <gh, w> / (R s))                          (hidden)
     w'     =  R' (w - theta u) / ||w - theta u||                     (rows of hidden, embedding)
@@ -51,6 +51,7 @@ from archopt.optim.orthogonalise import orthogonalise
 THETA_RANGE = (1e-6, 1.0)
 BEGUN = 0.01  # an angle from which on theta follows the feedback; smaller ones double first
 RHO_RANGE = (-2.0, 2.0)
+LEAST_FEATURES = 2.0  # norm below which a head's features are taken to be asleep, not small
 FAN_IN = (-1,)  # the dimension of `Rows` that a row sums over
 GROWN_NORM = 3**-0.5  # norm of a row as torch.nn.Linear initialises it; where rows that start at zero grow up
 
@@ -167,7 +168,7 @@ def rows_update(
     reach = torch.where(young, w.size(-1) ** 0.5 if family == "embedding" else 1.0, R)
     plain = young
     if features is not None:
-        reach, plain = gain / features.clamp(min=1.0), torch.ones_like(young)
+        reach, plain = gain / features.clamp(min=LEAST_FEATURES), torch.ones_like(young)
     stepped = w - angle * reach / nonzero(length) * direction
     norm = row_norm(stepped, FAN_IN)
     moves = moves & (norm > 0)
