@@ -81,8 +81,12 @@ REPRODUCTIONS = {
                     reduced=("nero(lr=[0.001,0.003])", "sgd", "adam", "lamb"),
                 ),
                 Part(COMPARISONS["cifar10"]),
-                Part(COMPARISONS["wikitext2"]),
-                Part(COMPARISONS["translation"]),
+                # Runs as short as `small` want larger rates than the paper's (results/language-small): both.
+                Part(COMPARISONS["wikitext2"], reduced=("nero", "sgd", "adam(lr=[0.0001,0.001])", "lamb")),
+                Part(
+                    COMPARISONS["translation"],
+                    reduced=("nero(lr=[0.001,0.01])", "sgd", "adam(lr=[0.0001,0.001])", "lamb"),
+                ),
                 Part(COMPARISONS["imagenet"]),
                 Part(COMPARISONS["gan"]),
                 Part(MIXED_GAN, beside=("autonero",)),
