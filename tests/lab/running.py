@@ -10,7 +10,8 @@ import torch
 
 from archopt.lab.experiment import Experiment, WorkloadChoice, open_experiment
 from archopt.lab.optimizers import parse_optimizer
-from archopt.lab.train import Settings, Watcher, train
+from archopt.lab.train import Settings, train
+from archopt.lab.watcher import Watcher
 
 TOY = Path(__file__).parent / "toy.py"
 ONE_THREAD = Settings(threads=1)

@@ -25,7 +25,8 @@ from archopt.lab.models.gan import (
 )
 from archopt.lab.muon import MuonWithAdamW
 from archopt.lab.optimizers import parse_optimizer
-from archopt.lab.train import Run, Settings, Watcher, run_config
+from archopt.lab.train import Run, Settings, run_config
+from archopt.lab.watcher import Watcher
 from archopt.lab.workloads import cifar10_gan
 from archopt.lab.workloads.cifar10_gan import CIFAR10GAN, discriminator_loss, scaled, shrunk
 from archopt.optim.autonero import AutoNero

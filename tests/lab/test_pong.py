@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from archopt import Nero
 from archopt.lab import ppo
@@ -210,6 +211,31 @@ def test_a_run_that_stops_within_an_update_goes_on_with_the_same_bits(tmp_path: 
         train(experiment, choice, 1e-3, 0, ONE_THREAD, tmp_path / "parts", StopAt(stop))
     train(experiment, choice, 1e-3, 0, ONE_THREAD, tmp_path / "parts")
     assert bits(tmp_path / "parts") == bits(tmp_path / "whole")
+
+
+@plays
+def test_an_episode_is_filmed_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A film moves, has the size of the screen, and recording it changes no bit of the training."""
+    monkeypatch.setattr("archopt.lab.workloads.pong_ppo.MOST_FRAMES", 40)
+    weights = []
+    for film in (False, True):
+        experiment = open_experiment(
+            WorkloadChoice("pong-ppo", "smoke", {"film": film}), None, torch.device("cpu")
+        )
+        result = train(
+            experiment, parse_optimizer("nero"), 0.01, 0, Settings(threads=1), tmp_path / str(film)
+        )
+        weights.append(result["weights_sha256"])
+    assert weights[0] == weights[1]
+    assert not list((tmp_path / "False").rglob("*.gif"))
+    (found,) = (tmp_path / "True" / "pictures").iterdir()
+    assert found.name == "step=16-episode.gif"
+    with Image.open(found) as picture:
+        assert picture.size == (160, 210)
+        assert 20 < picture.n_frames <= 40  # frames that look the same are one that lasts longer
+        first = np.asarray(picture.convert("RGB")).astype(int)
+        picture.seek(picture.n_frames - 1)
+        assert (np.asarray(picture.convert("RGB")).astype(int) != first).any()
 
 
 @plays

@@ -29,6 +29,7 @@ from archopt.lab.progress import RunProgress, SweepProgress
 from archopt.lab.record import run_path
 from archopt.lab.reproduction import REPRODUCTIONS, Request, reproduce
 from archopt.lab.sweep import Outcome, sweep
+from archopt.lab.trackers import check_trackers
 from archopt.lab.train import Settings, train
 from archopt.lab.user_files import describe, is_file, load_object
 from archopt.lab.workload import Workload
@@ -61,6 +62,8 @@ class Running:
     """CPU threads of a run (default: the cores, divided among the jobs)."""
     checkpoint_seconds: Annotated[float, arg(metavar="X")] = 20.0
     """Time between checkpoints."""
+    log: Annotated[str | None, arg(metavar="A,B")] = None
+    """Also log to tensorboard or wandb (archopt[logging])."""
 
     def settings(self) -> Settings:
         """How to run. Raises LabError for values out of range."""
@@ -70,7 +73,10 @@ class Running:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise LabError(f"--{name.replace('_', '-')} {value}, expected more than 0")
+        log = tuple(split_list(self.log)) if self.log else ()
+        check_trackers(log)
         return Settings(
+            log=log,
             device=self.device,
             amp=self.amp,
             compile=self.compile,

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from archopt.lab.plan import RunSpec, show_metric
-from archopt.lab.train import Watcher
+from archopt.lab.watcher import Watcher
 
 _COLORS = {"finished": "green", "diverged": "yellow", "failed": "red"}
 

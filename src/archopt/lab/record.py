@@ -25,6 +25,7 @@ from archopt.lab.errors import RecordError
 FORMAT = 1
 CONFIG, METRICS, RESULT, CHECKPOINT = "config.json", "metrics.jsonl", "result.json", "checkpoint.pt"
 COMPARISON = "comparison.json"
+FRAME_MS = 50  # that a film shows a frame
 PICTURES = "pictures"  # the folder of a run's pictures, where its workload draws any
 
 log = logging.getLogger(__name__)
@@ -265,14 +266,22 @@ class RunFolder:
             raise
 
     def save_picture(self, name: str, picture: torch.Tensor) -> None:
-        """Writes a picture (3, h, w), uint8, as pictures/NAME.png; the same name replaces it."""
+        """Writes a picture (3, h, w), uint8, as pictures/NAME.png, a film (frames, 3, h, w) as an animated GIF.
+
+        The same name replaces it.
+        """
         from PIL import Image
 
-        path = self.path / PICTURES / f"{name}.png"
+        film = picture.dim() == 4
+        path = self.path / PICTURES / f"{name}.{'gif' if film else 'png'}"
         with explained(path):
             path.parent.mkdir(exist_ok=True)
-        image = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
-        write_atomic(path, lambda stream: image.save(stream, "PNG"))
+        frames = (picture if film else picture[None]).permute(0, 2, 3, 1).cpu().numpy()
+        first, *more = map(Image.fromarray, frames)
+        how: dict[str, Any] = {"format": "PNG"}
+        if film:
+            how = {"format": "GIF", "save_all": True, "append_images": more, "duration": FRAME_MS, "loop": 0}
+        write_atomic(path, lambda stream: first.save(stream, **how))
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint, the metrics cut back to it; None, and no metrics, where the run has to start again.

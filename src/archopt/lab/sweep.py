@@ -25,9 +25,10 @@ from archopt.lab.measure import cores
 from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.plan import Plan, RunSpec, parse_device, plan_runs, show_metric
 from archopt.lab.record import RunFolder, stored_result
-from archopt.lab.train import Watcher, train
+from archopt.lab.train import train
 from archopt.lab.tuning import remaining_runs, tuning_runs
 from archopt.lab.user_files import describe
+from archopt.lab.watcher import Watcher
 
 REPORT_EVERY = 0.1  # seconds between a worker's words on its progress
 GRACE = 30.0  # seconds that workers have to write a checkpoint when asked to stop

@@ -24,8 +24,10 @@ from archopt.lab.errors import Interrupted, LabError
 from archopt.lab.experiment import Experiment
 from archopt.lab.optimizers import Choice, has_modes, numbers, state_bytes
 from archopt.lab.record import FORMAT, RunFolder, stored_result
+from archopt.lab.trackers import Tracked
 from archopt.lab.trainers import packages, trainer_of, trainers_record
 from archopt.lab.user_files import describe
+from archopt.lab.watcher import Watcher
 from archopt.lab.workload import Metric
 
 CHECK_EVERY = 50  # steps between looks at a loss that lives on a device, since a look waits for the device
@@ -49,20 +51,8 @@ class Settings:
     checkpoint_seconds: float = 20.0
     checkpoint_steps: int | None = None
     """Also after so many steps."""
-
-
-class Watcher:
-    """Follows a run. The methods do nothing here."""
-
-    def begin(self, step: int, steps: int) -> None:
-        """The run starts at `step` (more than 0 where it resumes) of `steps`."""
-
-    def step(self, step: int, now: float) -> bool:
-        """Called after every step, so it must be quick. True asks the run to stop and keep a checkpoint."""
-        return False
-
-    def line(self, line: Mapping[str, Any]) -> None:
-        """A line was added to the metrics."""
+    log: tuple[str, ...] = ()
+    """Trackers that hear of the run: see `archopt.lab.trackers`."""
 
 
 def clip_norm(experiment: Experiment, choice: Choice, settings: Settings) -> float | None:
@@ -136,10 +126,9 @@ def train(
         return ended
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads or threads)
+    follower = Tracked(watcher or Watcher(), settings.log, path, config)
     try:
-        run = Run(
-            experiment, choice, lr, seed, settings, watcher or Watcher()
-        )  # what it refuses leaves no trace
+        run = Run(experiment, choice, lr, seed, settings, follower)  # what it refuses leaves no trace
         with RunFolder(path, config) as folder:
             if folder.result is not None:  # another process has been quicker
                 return folder.result
@@ -150,6 +139,7 @@ def train(
             folder.finish(result)
             return result
     finally:
+        follower.close()
         torch.set_num_threads(threads)
 
 

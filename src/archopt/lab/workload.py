@@ -131,7 +131,8 @@ class Workload:
         raise NotImplementedError(f"{type(self).__name__} must define evaluate()")
 
     def pictures(self, models: dict[str, nn.Module]) -> Mapping[str, Tensor]:
-        """Pictures (3, h, w), uint8, by name, for the run's folder; called after `evaluate`, in the same way."""
+        """Pictures (3, h, w), uint8, or films (frames, 3, h, w), by name, for the run's folder; called after
+        `evaluate`, in the same way."""
         return {}
 
     def to(self, device: torch.device) -> None:

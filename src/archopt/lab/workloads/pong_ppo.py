@@ -20,6 +20,7 @@ reduction for an hour: half the channels and units, 700 updates, 2 epochs each. 
 steps in 2 games with an eighth of the network.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from archopt.lab import ppo
-from archopt.lab.atari import SIZE, Games, load_ale
+from archopt.lab.atari import SIZE, Games, load_ale, reduced
 from archopt.lab.data import DataFolder
 from archopt.lab.models.actor_critic import FRAMES, ActorCritic
 from archopt.lab.workload import Metric, Training, Workload
@@ -39,6 +40,11 @@ ACTIONS = 6
 LEAST_RETURN = -21.0
 LAST, MORE = 10, 100
 """Episodes whose mean is the metric, and of the longer mean."""
+
+
+FILM_SEED = 2**20  # of an episode that is filmed, which no training game has
+FRAMES_APART, MOST_FRAMES = 2, 1500
+"""A film shows every second picture that the policy saw, and ends after so many."""
 
 
 @dataclass
@@ -108,6 +114,8 @@ class PongPPO(Workload):
     entropy_weight: float = 0.01
     eval_updates: int = 50
     """Updates between two lines of the record."""
+    film: bool = False
+    """Keep an episode that the policy plays after the last step, as an animated GIF among the run's pictures."""
 
     def __post_init__(self) -> None:
         check_positive(self, "updates", "rollout", "games", "epochs", "minibatches", "eval_updates")
@@ -129,6 +137,7 @@ class PongPPO(Workload):
         self.seen: Rollout | None = None
         self.order = torch.empty(0, dtype=torch.int64)
         self.finished: list[float] = []
+        self.steps_done = 0
         return ActorCritic(ACTIONS, self.scale)
 
     @property
@@ -172,6 +181,7 @@ class PongPPO(Workload):
         )
         loss = parts.policy + self.value_weight * parts.value - self.entropy_weight * parts.entropy
         training.update("model", loss)
+        self.steps_done = step + 1
         told = {"policy_loss": parts.policy, "value_loss": parts.value, "entropy": parts.entropy}
         return {
             "loss": loss.detach(),
@@ -241,6 +251,25 @@ class PongPPO(Workload):
             "least_return": min(last),
             "greatest_return": max(last),
         }
+
+    def pictures(self, models: dict[str, nn.Module]) -> Mapping[str, Tensor]:
+        """With `film`, after the last step: an episode as the policy plays it, (frames, 3, 210, 160) uint8."""
+        if not self.film or self.steps_done < self.steps:
+            return {}
+        return {"episode": self._filmed(models["model"])}
+
+    def _filmed(self, model: nn.Module) -> Tensor:
+        game = Games(GAME, 1, FILM_SEED).games[0]
+        screen, over = game.begin(), False
+        seen = torch.zeros(1, FRAMES, SIZE, SIZE, dtype=torch.uint8)
+        frames: list[Tensor] = []
+        while not over and len(frames) < MOST_FRAMES * FRAMES_APART:
+            seen = torch.cat([seen[:, 1:], reduced(screen[None])[None]], 1)
+            frames.append(torch.from_numpy(screen.copy()))
+            logits, _ = model(seen.to(self.device))
+            action = torch.multinomial(logits.float().softmax(-1), 1)
+            screen, _, over = game.act(int(action))
+        return torch.stack(frames[::FRAMES_APART]).permute(0, 3, 1, 2)
 
     # -- state ---------------------------------------------------------------------------------------------
 
