@@ -90,7 +90,7 @@ class Train(Running):
 
     workload: Annotated[Positional[str], arg(metavar="WORKLOAD")] = ""
     """A name from `archopt list`, or a file of your own: ./mine.py."""
-    optimizer: Annotated[str, arg(metavar="NAME", aliases=["-o"])] = "nero"
+    optimizer: Annotated[str, arg(metavar="NAME", aliases=["-o"])] = Workload.default_optimizer
     """A name from `archopt list`, package.module:Class, or either with options: 'adamw(weight_decay=0.1)'."""
     lr: Annotated[float | None, arg(metavar="X")] = None
     """Learning rate (default: the workload's published one, else the optimiser's default)."""
@@ -108,9 +108,7 @@ TRAIN_HELP = (
 def train_command(args: list[str]) -> int:
     """`archopt train`: one run, one record."""
     help_wanted = "-h" in args or "--help" in args
-    known, _ = options.parse_known(
-        Train, [a for a in args if a not in ("-h", "--help")], prog="archopt train"
-    )
+    known, _ = options.parse_known(Train, _without_help(args), prog="archopt train")
     if not known.workload:
         if help_wanted:
             options.parse(Train, args, prog="archopt train", description=TRAIN_HELP)
@@ -118,10 +116,16 @@ def train_command(args: list[str]) -> int:
     return _train(*_with_workload_options(known, args))
 
 
+def _without_help(args: list[str]) -> list[str]:
+    return [a for a in args if a not in ("-h", "--help")]
+
+
 def _with_workload_options(known: Train, args: list[str]) -> tuple[Train, WorkloadChoice]:
     """Reads the arguments again, now that it is known which workload's options are among them."""
     call = parse_call(known.workload)
     cls = workload_class(call.name)
+    own = Train(preset=cls.default_preset, optimizer=cls.default_optimizer)
+    known, _ = options.parse_known(Train, _without_help(args), prog="archopt train", default=own)
     usual = make_workload(cls, known.preset, call.options)
     taken = {f.name for f in dataclasses.fields(Train)}
     if clash := [f.name for f in dataclasses.fields(cls) if f.name in taken]:
@@ -132,7 +136,7 @@ def _with_workload_options(known: Train, args: list[str]) -> tuple[Train, Worklo
         args,
         prog=f"archopt train {known.workload}",
         description=f"{TRAIN_HELP}\n\n{cls.name}: {cls.summary}.",
-        default=both(Train(), usual),
+        default=both(own, usual),
     )
     workload: Workload = getattr(given, _title(cls))
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
