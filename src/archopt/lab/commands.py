@@ -299,7 +299,11 @@ def of_comparison(named: NamedComparison, given: Compare) -> Compare:
         tuning = ",".join(map(str, kept or seeds[:1]))  # of other seeds, the first tunes
     out = given.out or OUT / f"compare-{named.name}-{given.preset}"
     return dataclasses.replace(
-        given, workloads=named.workloads, optimizers=optimizers, tuning_seeds=tuning, out=out
+        given,
+        workloads=tuple(named.trained(given.preset).values()),
+        optimizers=optimizers,
+        tuning_seeds=tuning,
+        out=out,
     )
 
 
@@ -452,6 +456,9 @@ def report_command(args: list[str]) -> int:
 # -- list, data, roles -------------------------------------------------------------------------------------
 
 
+LISTED = 4  # workloads of a comparison
+
+
 @dataclass
 class List:
     """Options of `archopt list`."""
@@ -474,7 +481,9 @@ def list_command(args: list[str]) -> int:
     console.print(workloads)
     comparisons = _table("comparison", "what it is", "source", "workloads")
     for named in COMPARISONS.values():
-        comparisons.add_row(named.name, named.summary, named.source, ", ".join(named.workloads))
+        first, more = named.workloads[:LISTED], len(named.workloads[LISTED:])
+        workloads_told = ", ".join(first) + (f" and {more} more" if more else "")
+        comparisons.add_row(named.name, named.summary, named.source, workloads_told)
     console.print(comparisons)
     optimizers = _table("optimiser", "what it is", "default lr")
     for entry in ENTRIES.values():

@@ -118,6 +118,11 @@ class Workload:
         return ""
 
     @property
+    def unheeded(self) -> frozenset[str]:
+        """Options that mean nothing under the others, so that pages need not tell how they differ."""
+        return frozenset()
+
+    @property
     def updates_every(self) -> int:
         """Steps between measurements of the relative update, which cost a copy of the weights each; 0: none."""
         return 0

@@ -145,6 +145,11 @@ class Classify(HeldRows):
             return self.settings
         return {name: {**self.settings.get(name, {}), "gain": self.gain} for name in ENTRIES}
 
+    @property
+    def unheeded(self) -> frozenset[str]:
+        told = {"depth", "width"} if self.arch != "fcn" else {"channels"}
+        return frozenset(told if self.dataset == "imagenet" else {*told, "size"})
+
     # -- data and network ----------------------------------------------------------------------------------
 
     def load(self, data: DataFolder) -> None:
