@@ -90,7 +90,11 @@ def test_cifar_100_gives_the_class_of_a_picture_and_not_its_kind(
     assert set(folder.checksums) == {"cifar100/train", "cifar100/test"}
     with pytest.raises(DataError, match="f is no batch of CIFAR-100: b'fine_labels'"):
         read_fine_batch(python2_batch(PIXELS, LABELS), "f")
-    (tmp_path / "cifar-100-python" / "test").unlink()
+    file = tmp_path / "cifar-100-python" / "test"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"test is no batch of CIFAR-100.*archopt data fetch cifar100"):
+        load_cifar100(folder)
+    file.unlink()
     with pytest.raises(DataError, match=r"cifar100: test is not in .*archopt data fetch cifar100"):
         load_cifar100(folder)
 

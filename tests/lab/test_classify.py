@@ -226,7 +226,7 @@ def test_sets_that_are_not_at_hand_train_on_archives_in_their_format(
     workload = opened.workload
     assert workload.set.classes == classes
     assert workload.steps_per_epoch == 1
-    assert workload.data_note == f"less than {name}: 100 + 30 images"
+    assert workload.data_note == f"100 + 30 of {KNOWN[name].train:,} + 10,000 images"
     assert all(key.startswith(f"{name}/") for key in opened.data)
     images, targets = workload.batch(0, seed=0)
     assert images.shape == (100, *KNOWN[name].shape)
@@ -263,7 +263,7 @@ def test_imagenet_is_read_from_folders_with_as_many_outputs_as_classes(photograp
     expected = (80 * targets.unsqueeze(1) / 255 - mean) / std
     torch.testing.assert_close(images.mean((2, 3)), expected, atol=0.05, rtol=0)
     assert workload.train_targets.bincount().tolist() == [3, 3, 3]  # evenly from all
-    assert workload.data_note == "less than imagenet: 9 + 6 images of 3 classes"
+    assert workload.data_note == "9 + 6 of 1,281,167 + 50,000 images, 3 classes"
     model = workload.build()
     assert isinstance(model, nn.Module)
     assert model(images).shape == (4, 3)
@@ -528,9 +528,7 @@ def test_missing_data_are_one_line_that_says_what_to_do(dataset: str, capsys, tm
     assert main(command) == BAD_INPUT
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert (
-        "put the pictures there" in error
-        if dataset == "imagenet"
-        else f"archopt data fetch {dataset}" in error
-    )
+    photographs = "put the pictures there as imagenet/train/CLASS/*.JPEG and"
+    assert (photographs if dataset == "imagenet" else f"archopt data fetch {dataset} --data") in error
+    assert "--folder" not in error  # which another workload has
     assert not (tmp_path / "x").exists()

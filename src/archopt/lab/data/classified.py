@@ -165,7 +165,8 @@ def load_classified(
     """
     known = KNOWN[name]
     if name == "imagenet":
-        found = load_image_folder(data, IMAGENET_FOLDERS, round(SQUARE * size))
+        elsewhere = "name the data folder that has them with --data DIR"
+        found = load_image_folder(data, IMAGENET_FOLDERS, round(SQUARE * size), elsewhere)
         if len(found.classes) < 2:
             raise DataError(
                 f"imagenet: {found.classes[0]!r} is the only class in train/ and val/; expected at least two, each "

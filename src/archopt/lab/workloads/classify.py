@@ -168,8 +168,8 @@ class Classify(HeldRows):
         asked = self.train_images or known.train, self.test_images or known.test
         if all(have >= want for have, want in zip(there, asked)) and held.classes == known.classes:
             return ""
-        classes = "" if held.classes == known.classes else f" of {held.classes} classes"
-        return f"less than {self.dataset}: {there[0]:,} + {there[1]:,} images{classes}"
+        classes = "" if held.classes == known.classes else f", {held.classes} classes"
+        return f"{there[0]:,} + {there[1]:,} of {known.train:,} + {known.test:,} images{classes}"
 
     def build(self) -> nn.Module:
         classes = self.set.classes
