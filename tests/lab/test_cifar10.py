@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import struct
 import sys
 import tarfile
 from dataclasses import replace
@@ -15,15 +14,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from archopt.lab.data import DataError, DataFolder, fetch, import_folder, load_cifar10, sets
+from archopt.lab.data import DataError, DataFolder, fetch, import_folder, load_cifar10, load_cifar100, sets
 from archopt.lab.data import cifar10 as loader
-from archopt.lab.data.cifar10_files import read_batch, read_labels, read_sheet
+from archopt.lab.data.cifar10_files import read_batch, read_fine_batch, read_labels, read_sheet
 from archopt.lab.data.folder import md5, sha256
 from archopt.lab.errors import Interrupted
 from archopt.lab.experiment import Experiment, WorkloadChoice, open_experiment
 from archopt.lab.models.resnet import ResNet
 from archopt.lab.pictures import CIFAR10_MEAN, cropped_and_mirrored, normalized
 from archopt.lab.workloads.cifar10_resnet_small import STD, CIFAR10ResNetSmall
+from lab.archives import make_cifar100, pixels, python2_pickle
 from lab.running import StopAt, bits, lines, run
 from real_data import real_data, real_data_path
 
@@ -31,24 +31,8 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (6, 3072)).astype(np.uint8)
 LABELS = [3, 1, 4, 1, 5, 9]
 
 
-class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined, misc]
-    """Writes texts and bytes as Python 2 wrote its strings: so do the original files have them."""
-
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
-
-    def save_string(self, value: bytes | str) -> None:
-        content = value.encode("latin1") if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
-        self.memoize(value)
-
-    dispatch[bytes] = save_string
-    dispatch[str] = save_string
-
-
 def python2_batch(pixels: np.ndarray, labels: list[int]) -> bytes:
-    stream = io.BytesIO()
-    Python2Pickler(stream, 2).dump({"data": pixels, "labels": labels, "batch_label": "a test's"})
-    return stream.getvalue()
+    return python2_pickle({"data": pixels, "labels": labels, "batch_label": "a test's"})
 
 
 def webp(image: np.ndarray) -> bytes:
@@ -92,6 +76,27 @@ def test_what_is_no_batch_is_refused_and_never_run(content: bytes, message: str)
     with pytest.raises(DataError, match=message):
         read_batch(content, "f")
     assert not hasattr(sys, "trapped")
+
+
+def test_cifar_100_gives_the_class_of_a_picture_and_not_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_cifar100(tmp_path, monkeypatch, train=120, test=30)
+    folder = DataFolder(tmp_path)
+    images = load_cifar100(folder)
+    assert images.train_images.shape == (120, 3, 32, 32)
+    np.testing.assert_array_equal(images.test_images.reshape(30, -1), pixels(30, 3072, seed=30))
+    assert images.train_labels.tolist() == [i % 100 for i in range(120)]
+    assert set(folder.checksums) == {"cifar100/train", "cifar100/test"}
+    with pytest.raises(DataError, match="f is no batch of CIFAR-100: b'fine_labels'"):
+        read_fine_batch(python2_batch(PIXELS, LABELS), "f")
+    file = tmp_path / "cifar-100-python" / "test"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"test is no batch of CIFAR-100.*archopt data fetch cifar100"):
+        load_cifar100(folder)
+    file.unlink()
+    with pytest.raises(DataError, match=r"cifar100: test is not in .*archopt data fetch cifar100"):
+        load_cifar100(folder)
 
 
 def test_a_sheet_is_images_one_below_the_other() -> None:

@@ -88,14 +88,26 @@ def test_every_comparison_can_be_asked_for(name: str) -> None:
     named = COMPARISONS[name]
     made = plan(asked(name), "")
     assert name not in registry()
-    assert all(tried for tried in rates(made).values())
-    for call in map(parse_call, named.workloads):
-        make_workload(workload_class(call.name), "paper", call.options)
+    assert all(tried for label, tried in rates(made).items() if parse_optimizer(label).entry.rate)
+    for preset in ("paper", "small", "smoke"):
+        for call in map(parse_call, named.trained(preset).values()):
+            make_workload(workload_class(call.name), preset, call.options)
     for reading in named.published:
         assert reading.workload in named.workloads
         tried = parse_optimizer(at_rates(reading.optimizer, named.lrs))
         assert reading.optimizer in named.optimizers
-        assert reading.lr in tried.own_lrs
+        assert reading.lr in (None, *tried.own_lrs)
+        assert reading.lr is not None or named.source.startswith("AGD")  # Nero's paper tells every rate
+
+
+def test_a_comparison_may_be_longer_and_larger_in_the_paper_than_in_its_reductions() -> None:
+    paper, small = (
+        plan(asked("agd-sweep", "--preset", preset), "").workloads for preset in ("paper", "small")
+    )
+    assert (len(paper), len(small)) == (30, 20)
+    assert paper[5].options == {"depth": 2, "width": 2048, "epochs": 2000}
+    assert small[-1].options == {"depth": 32, "width": 512}
+    assert {choice.preset for choice in small} == {"small"}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +130,7 @@ def test_the_list_shows_them(capsys) -> None:
     assert main(["list"]) == DONE
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMPARISONS)
+    assert "26 more" in shown  # of a sweep's 30 workloads
 
 
 def test_a_named_comparison_runs_to_its_page(monkeypatch, capsys, tmp_path: Path) -> None:

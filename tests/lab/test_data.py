@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import importlib.resources
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +14,16 @@ from archopt.lab.data import (
     default_data_folder,
     list_sets,
     load_digits,
+    load_fashion_mnist,
     load_mnist,
     read_idx,
 )
 from archopt.lab.data import digits as digits_module
 from archopt.lab.data.sets import SETS, DataFile, DataSet, data_set
+from lab.archives import idx, make_fashion_mnist, pixels
 from real_data import real_data
 
 ARRAY = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-
-
-def idx(array: np.ndarray, kind: int = 0x08) -> bytes:
-    """`array` as an idx file, written by hand."""
-    header = bytes([0, 0, kind, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    return header + array.astype(array.dtype.newbyteorder(">")).tobytes()
 
 
 def tiny_set() -> DataSet:
@@ -229,3 +224,17 @@ def test_mnist_files_under_each_others_names_are_refused(tmp_path: Path) -> None
     for file in known.files:
         with pytest.raises(DataError, match="is the wrong file"):
             known.read(DataFolder(tmp_path), file)
+
+
+def test_fashion_mnist_is_read_as_mnist_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_fashion_mnist(tmp_path, monkeypatch)
+    folder = DataFolder(tmp_path)
+    fashion = load_fashion_mnist(folder)
+    np.testing.assert_array_equal(fashion.train_images, pixels(20, 28, 28, seed=20))
+    assert fashion.test_labels.tolist() == list(range(10))
+    assert len(folder.checksums) == 4
+    assert SETS["mnist"].find(tmp_path, SETS["mnist"].files[0]) is None  # one is not taken for the other
+    file = tmp_path / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"is truncated.*archopt data fetch fashion-mnist"):
+        load_fashion_mnist(folder)

@@ -45,6 +45,18 @@ def test_changing_pictures_takes_less_than_ten_percent_of_a_step(tmp_path: Path)
     assert min(shares) < LIMIT_OF_PICTURES
 
 
+@pytest.mark.data
+def test_the_program_of_agd_spends_less_than_ten_percent_of_a_step_outside_of_it(tmp_path: Path):
+    """On its default network, which is so small that batches and measuring decide it."""
+    choice = WorkloadChoice("classify", "small", {"train_images": 3200, "test_images": 100, "epochs": 1})
+    experiment = open_experiment(choice, real_data("cifar10-half").path, torch.device("cpu"))
+    shares = []
+    while (not shares or shares[-1] >= LIMIT_OF_PICTURES) and len(shares) < 6:
+        result = run(tmp_path / str(len(shares)), experiment, optimizer="agd-paper", lr=None)
+        shares.append(result["overhead_share"])
+    assert min(shares) < LIMIT_OF_PICTURES
+
+
 def test_no_moment_of_a_step_is_lost_or_counted_twice(monkeypatch):
     moments = iter(range(100))
     monkeypatch.setattr("archopt.lab.measure.perf_counter", lambda: float(next(moments)))
@@ -118,6 +130,21 @@ def test_a_device_is_timed_by_events_in_its_stream_and_waited_for_only_when_aske
     clock.settle()
     assert clock.totals[FORWARD_BACKWARD] == 9.0
     assert list(clock.durations)[4:] == [2.0]
+
+
+def test_means_weigh_steps_by_what_they_are_given():
+    for device in ("cpu", "cuda"):
+        means = Means(torch.device(device))
+        for loss, rows in ((1.0, 3.0), (2.0, 1.0)):
+            means.add({"loss": torch.tensor(loss)}, rows)
+        resumed = Means(torch.device("cpu"))
+        resumed.load_state_dict(means.state_dict(), torch.device("cpu"))
+        assert means.count == resumed.count == 2
+        assert means.take() == resumed.take() == {"loss": 1.25}
+        assert means.count == 0
+    old = Means(torch.device("cpu"))  # a checkpoint from before there were weights
+    old.load_state_dict({"sums": {"loss": 3.0}, "count": 2}, torch.device("cpu"))
+    assert old.take() == {"loss": 1.5}
 
 
 def test_means_on_a_device_are_those_on_the_cpu():

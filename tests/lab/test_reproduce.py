@@ -13,8 +13,9 @@ from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.report.reproduction import load_reproduction, remarks
 from archopt.lab.reproduction import REPRODUCTIONS, Part, Reproduction, Request, deviations, part_plan
 from lab.running import TOY
+from real_data import real_data
 
-NERO = REPRODUCTIONS["nero"]
+NERO, AGD = REPRODUCTIONS["nero"], REPRODUCTIONS["agd"]
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_one_part_alone(toy_paper: Reproduction, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "needs a paper, got no name (there are nero"),
+        ([], "needs a paper, got no name (there are nero, agd)"),
         (["nreo"], "got 'nreo'; did you mean 'nero'?"),
         (["nero", "--parts", "figure9"], "nero has no part 'figure9' (there are reparameterisation, depth"),
         (["nero", "--preset", "tiny", "--parts", "depth"], "has no preset 'tiny'"),
@@ -136,8 +137,8 @@ def test_a_target_is_for_one_comparison(toy_paper: Reproduction, tmp_path: Path,
 # -- Nero's paper ------------------------------------------------------------------------------------------
 
 
-def asked(preset: str) -> Request:
-    return Request(NERO, preset, Path("out"))
+def asked(preset: str, paper: Reproduction = NERO) -> Request:
+    return Request(paper, preset, Path("out"))
 
 
 def test_nero_has_all_nine_figures() -> None:
@@ -182,3 +183,86 @@ def test_the_record_tells_what_differs(toy_paper: Reproduction, tmp_path: Path) 
         "metric": "",
     }
     assert set(COMPARISONS) >= {"depth", "gan", "wikitext2", "translation", "pong"}
+
+
+# -- AGD's paper -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["paper", "small", "smoke"])
+@pytest.mark.parametrize("part", AGD.parts, ids=lambda part: part.name)
+def test_every_part_of_agd_has_a_plan(part: Part, preset: str) -> None:
+    named = part.comparison
+    plan = part_plan(asked(preset, AGD), part)
+    assert len(plan.workloads) == len(named.trained(preset))
+    for text, choice in zip(named.trained(preset), plan.workloads, strict=True):
+        made = make_workload(workload_class(choice.name), preset, choice.options)
+        told = deviations(text, preset, named.paper_options)
+        assert bool(told) == (preset != "paper")
+        assert not set(told) & made.unheeded
+        published = made.settings
+        for choice in map(parse_optimizer, plan.optimizers):
+            assert choice.own_lrs or not choice.entry.rate or choice.published_lr(published)
+
+
+def test_agd_has_the_published_experiments() -> None:
+    """Section 7 of the spec, with the readings of section 6."""
+    assert len({part.name for part in AGD.parts}) == len(AGD.parts) == 10
+    readings = {
+        (reading.workload, reading.optimizer): reading.mean
+        for part in AGD.parts
+        for reading in part.comparison.published
+    }
+    fcn, resnet = "classify(depth=16,width=512)", "classify(arch='resnet18')"
+    assert (readings[fcn, "agd-paper"], readings[fcn, "adam"]) == (0.527, 0.535)
+    assert (readings[resnet, "agd-paper"], readings[resnet, "adam"]) == (0.912, 0.929)
+    assert readings["classify(depth=4,width=2048)", "agd-paper"] == 0.637
+    paper = {part.name: part_plan(asked("paper", AGD), part) for part in AGD.parts}
+    epochs = {name: plan.workloads[0].options.get("epochs") for name, plan in paper.items()}
+    assert epochs == {
+        "agd-default": None,  # 200, the program's own
+        "agd-showcase": 1000,
+        "agd-fcn": 2000,
+        "agd-resnet18": 2000,
+        "agd-vgg16": 2000,
+        "agd-imagenet": 350,
+        "agd-optimizers": 2000,
+        "agd-sweep": 2000,
+        "agd-batches": None,  # 500,000 steps
+        "agd-rates": None,
+    }
+    assert paper["agd-imagenet"].workloads[0].options["train_bs"] == 1024
+    assert paper["agd-batches"].workloads[-1].options == {
+        "depth": 4,
+        "train_bs": 4096,
+        "iterations": 500_000,
+    }
+    grid = next(choice for choice in map(parse_optimizer, paper["agd-rates"].optimizers) if choice.own_lrs)
+    assert (min(grid.own_lrs), max(grid.own_lrs), len(grid.own_lrs)) == (1e-7, 10.0, 9)
+
+
+@pytest.mark.data
+def test_agd_is_reproduced_to_a_page(tmp_path: Path) -> None:
+    path = real_data("cifar10-half").path
+    usual = [
+        "--preset",
+        "smoke",
+        "--jobs",
+        "1",
+        "--threads",
+        "1",
+        "--data",
+        str(path),
+        "--out",
+        str(tmp_path),
+    ]
+    arguments = ["reproduce", "agd", "--parts", "agd-batches,agd-vgg16", *usual]
+    assert main(arguments) == DONE
+    text = (tmp_path / "report.md").read_text()
+    assert "58.00" in text  # the paper's accuracy at 128, beside ours
+    assert "iterations None instead of 500000" in text
+    assert "Not trained here: cifar100: train is not in" in text
+    assert "channels" not in text
+    before = ended(tmp_path)
+    assert len(before) == 4
+    assert main(arguments) == DONE
+    assert ended(tmp_path) == before

@@ -96,7 +96,7 @@ class Train(Running):
 
     workload: Annotated[Positional[str], arg(metavar="WORKLOAD")] = ""
     """A name from `archopt list`, or a file of your own: ./mine.py."""
-    optimizer: Annotated[str, arg(metavar="NAME", aliases=["-o"])] = "nero"
+    optimizer: Annotated[str, arg(metavar="NAME", aliases=["-o"])] = Workload.default_optimizer
     """A name from `archopt list`, package.module:Class, or either with options: 'adamw(weight_decay=0.1)'."""
     lr: Annotated[float | None, arg(metavar="X")] = None
     """Learning rate (default: the workload's published one, else the optimiser's default)."""
@@ -114,9 +114,7 @@ TRAIN_HELP = (
 def train_command(args: list[str]) -> int:
     """`archopt train`: one run, one record."""
     help_wanted = "-h" in args or "--help" in args
-    known, _ = options.parse_known(
-        Train, [a for a in args if a not in ("-h", "--help")], prog="archopt train"
-    )
+    known, _ = options.parse_known(Train, _without_help(args), prog="archopt train")
     if not known.workload:
         if help_wanted:
             options.parse(Train, args, prog="archopt train", description=TRAIN_HELP)
@@ -124,10 +122,16 @@ def train_command(args: list[str]) -> int:
     return _train(*_with_workload_options(known, args))
 
 
+def _without_help(args: list[str]) -> list[str]:
+    return [a for a in args if a not in ("-h", "--help")]
+
+
 def _with_workload_options(known: Train, args: list[str]) -> tuple[Train, WorkloadChoice]:
     """Reads the arguments again, now that it is known which workload's options are among them."""
     call = parse_call(known.workload)
     cls = workload_class(call.name)
+    own = Train(preset=cls.default_preset, optimizer=cls.default_optimizer)
+    known, _ = options.parse_known(Train, _without_help(args), prog="archopt train", default=own)
     usual = make_workload(cls, known.preset, call.options)
     taken = {f.name for f in dataclasses.fields(Train)}
     if clash := [f.name for f in dataclasses.fields(cls) if f.name in taken]:
@@ -138,7 +142,7 @@ def _with_workload_options(known: Train, args: list[str]) -> tuple[Train, Worklo
         args,
         prog=f"archopt train {known.workload}",
         description=f"{TRAIN_HELP}\n\n{cls.name}: {cls.summary}.",
-        default=both(Train(), usual),
+        default=both(own, usual),
     )
     workload: Workload = getattr(given, _title(cls))
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
@@ -301,7 +305,11 @@ def of_comparison(named: NamedComparison, given: Compare) -> Compare:
         tuning = ",".join(map(str, kept or seeds[:1]))  # of other seeds, the first tunes
     out = given.out or OUT / f"compare-{named.name}-{given.preset}"
     return dataclasses.replace(
-        given, workloads=named.workloads, optimizers=optimizers, tuning_seeds=tuning, out=out
+        given,
+        workloads=tuple(named.trained(given.preset).values()),
+        optimizers=optimizers,
+        tuning_seeds=tuning,
+        out=out,
     )
 
 
@@ -454,6 +462,9 @@ def report_command(args: list[str]) -> int:
 # -- list, data, roles -------------------------------------------------------------------------------------
 
 
+LISTED = 4  # workloads of a comparison
+
+
 @dataclass
 class List:
     """Options of `archopt list`."""
@@ -476,7 +487,9 @@ def list_command(args: list[str]) -> int:
     console.print(workloads)
     comparisons = _table("comparison", "what it is", "source", "workloads")
     for named in COMPARISONS.values():
-        comparisons.add_row(named.name, named.summary, named.source, ", ".join(named.workloads))
+        first, more = named.workloads[:LISTED], len(named.workloads[LISTED:])
+        workloads_told = ", ".join(first) + (f" and {more} more" if more else "")
+        comparisons.add_row(named.name, named.summary, named.source, workloads_told)
     console.print(comparisons)
     optimizers = _table("optimiser", "what it is", "default lr")
     for entry in ENTRIES.values():

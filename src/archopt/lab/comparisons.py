@@ -6,11 +6,14 @@ optimiser's default where that is among the rates.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from archopt.lab.calls import Call
+from archopt.lab.calls import Call, parse_call
 from archopt.lab.optimizers import parse_optimizer
+
+PAPER = "paper"
+"""The preset of the published experiment."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Reading:
 
     workload: str
     optimizer: str
-    lr: float
+    lr: float | None
+    """None: not told, or the rule has none."""
     mean: float | None = None
     """Of the workload's metric over the seeds; shares as fractions."""
     deviation: float | None = None
@@ -47,6 +51,20 @@ class NamedComparison:
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seeds: tuple[int, ...] | None = (0,)
     """None: all seeds run all rates."""
+    paper_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of all workloads in preset `paper` alone, where the figure is of longer runs than the workload's."""
+    paper_alone: tuple[str, ...] = ()
+    """Those of the workloads that are trained in preset `paper` alone, since no reduction makes them small."""
+
+    def trained(self, preset: str) -> dict[str, str]:
+        """The workloads of a preset as they are trained, by how `workloads` and the readings spell them."""
+        if preset != PAPER:
+            return {text: text for text in self.workloads if text not in self.paper_alone}
+        calls = {text: parse_call(text) for text in self.workloads}
+        return {
+            text: str(Call(call.name, {**call.options, **self.paper_options})) if self.paper_options else text
+            for text, call in calls.items()
+        }
 
 
 def at_rates(optimizer: str, lrs: tuple[float, ...]) -> str:
@@ -60,7 +78,7 @@ def at_rates(optimizer: str, lrs: tuple[float, ...]) -> str:
     return str(Call(choice.entry.name, {**choice.options, "lr": list(lrs)}))
 
 
-NERO = "Nero, arXiv:2102.07227"
+NERO, AGD = "Nero, arXiv:2102.07227", "AGD, arXiv:2304.05187"
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FINE = (0.01, 0.02, 0.04, 0.06, 0.08, 0.10)
 FREE, CENTRED, NORMED = (
@@ -71,6 +89,17 @@ FREE, CENTRED, NORMED = (
 VGG11, RESNET18, RESNET50 = "cifar10-vgg11", "cifar10-resnet18", "imagenet-resnet50"
 CWN, CWN_100 = "mnist-cwn", "mnist-cwn(sigma=100.0)"
 BENCHMARK = ("nero", "sgd", "adam", "lamb")
+
+TUNED = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # the rates on which AGD's paper tunes its baselines
+WIDE = (1e-7, 1e-6, *TUNED, 1.0, 10.0)
+UNTUNED = ("agd-paper", "adam(lr=0.001)", "sgd(lr=0.1)")
+FCN, CONV18 = "classify(depth=16,width=512)", "classify(arch='resnet18')"
+CONV16 = "classify(arch='vgg16',dataset='cifar100')"
+PHOTOGRAPHS = "classify(arch='resnet50',dataset='imagenet',objective='xent')"
+SHOWCASE, DEEPER = "classify(depth=32)", "classify(depth=64)"
+FCN8 = "classify(depth=8,updates_every=1)"
+BATCHES = {32: 0.550, 128: 0.580, 1024: 0.600, 4096: 0.598}  # with AGD's accuracies
+DEPTHS, WIDTHS, LARGE_WIDTHS = (2, 4, 8, 16, 32), (64, 128, 256, 512), (1024, 2048)
 
 
 def _best(workload: str, rates: Mapping[str, float]) -> tuple[Reading, ...]:
@@ -84,6 +113,20 @@ def _means(workload: str, metric: str = "", **readings: tuple[float, float, floa
         Reading(workload, optimizer, lr, mean, deviation, metric)
         for optimizer, (lr, mean, deviation) in readings.items()
     )
+
+
+def _square(depth: int, width: int) -> str:
+    return f"classify(depth={depth},width={width})"
+
+
+def _batches(size: int) -> str:
+    return f"classify(depth=4,train_bs={size})"
+
+
+def _agd(workload: str, agd: float, **others: float) -> tuple[Reading, ...]:
+    """Readings of AGD and of others whose best rate the paper does not tell."""
+    means = {"agd-paper": agd, **others}
+    return tuple(Reading(workload, optimizer, None, mean) for optimizer, mean in means.items())
 
 
 COMPARISONS = {
@@ -231,6 +274,122 @@ COMPARISONS = {
             optimizers=("nero(lr=[0.01,0.1])", "sgd", "sgd(weight_decay=0)"),
             lrs=(0.1,),
             tuning_seeds=None,
+        ),
+        NamedComparison(
+            name="agd-default",
+            summary="AGD's program with no option set, and on MNIST",
+            source=f"{AGD}, its program's defaults; no readings",
+            workloads=("classify", "classify(dataset='mnist')"),
+            optimizers=UNTUNED,
+            lrs=TUNED,
+            tuning_seeds=None,
+        ),
+        NamedComparison(
+            name="agd-fcn",
+            summary="AGD and tuned Adam on a fully connected network of 16 layers",
+            source=f"{AGD}, the main comparison on CIFAR-10",
+            workloads=(FCN,),
+            optimizers=("agd-paper", "adam", "sgd"),
+            lrs=TUNED,
+            published=_agd(FCN, 0.527, adam=0.535),
+            paper_options={"epochs": 2000},
+        ),
+        NamedComparison(
+            name="agd-resnet18",
+            summary="AGD and tuned Adam on ResNet-18",
+            source=f"{AGD}, the main comparison on CIFAR-10",
+            workloads=(CONV18,),
+            optimizers=("agd-paper", "adam", "sgd"),
+            lrs=TUNED,
+            published=_agd(CONV18, 0.912, adam=0.929),
+            paper_options={"epochs": 2000},
+        ),
+        NamedComparison(
+            name="agd-vgg16",
+            summary="AGD and tuned Adam on VGG-16",
+            source=f"{AGD}, the main comparison on CIFAR-100",
+            workloads=(CONV16,),
+            optimizers=("agd-paper", "adam", "sgd"),
+            lrs=TUNED,
+            published=_agd(CONV16, 0.674, adam=0.697),
+            paper_options={"epochs": 2000},
+        ),
+        NamedComparison(
+            name="agd-imagenet",
+            summary="AGD and SGD at a fixed rate on ResNet-50",
+            source=f"{AGD}, ImageNet",
+            workloads=(PHOTOGRAPHS,),
+            optimizers=("agd-paper", "sgd(lr=0.1)"),
+            lrs=TUNED,
+            published=_agd(PHOTOGRAPHS, 0.655),
+            tuning_seeds=None,
+            paper_options={"train_bs": 1024, "test_bs": 1024, "epochs": 350},
+        ),
+        NamedComparison(
+            name="agd-showcase",
+            summary="nothing tuned on a fully connected network of 32 layers, and of 64",
+            source=f"{AGD}, the first figure, read off to a fifth; the paper has no 64 layers",
+            workloads=(SHOWCASE, DEEPER),
+            optimizers=UNTUNED,
+            lrs=TUNED,
+            published=(
+                Reading(SHOWCASE, "agd-paper", None, 0.50),
+                Reading(SHOWCASE, "adam(lr=0.001)", 0.001, 0.10),
+                Reading(SHOWCASE, "sgd(lr=0.1)", 0.1, 0.10),
+            ),
+            tuning_seeds=None,
+            paper_options={"epochs": 1000},
+        ),
+        NamedComparison(
+            name="agd-rates",
+            summary="Adam and SGD over eight decades of learning rates on ResNet-18, AGD beside them",
+            source=f"{AGD}, the grid of learning rates; Adam is good from 5e-6 to 1e-3, SGD from 1e-3 to 5e-2",
+            workloads=(CONV18,),
+            optimizers=("agd-paper", "adam", "sgd"),
+            lrs=WIDE,
+            seeds=(0,),
+            tuning_seeds=None,
+        ),
+        NamedComparison(
+            name="agd-optimizers",
+            summary="AGD, Adam and SGD on a fully connected network of 8 layers, with their relative updates",
+            source=f"{AGD}, the comparison of optimisers; training losses read off to a fifth",
+            workloads=(FCN8,),
+            optimizers=("agd-paper", "adam", "sgd"),
+            lrs=TUNED,
+            published=(
+                Reading(FCN8, "agd-paper", None, 0.04, metric="train_loss"),
+                Reading(FCN8, "adam", 1e-4, 0.03, metric="train_loss"),
+                Reading(FCN8, "sgd", 0.1, 0.14, metric="train_loss"),
+            ),
+            paper_options={"epochs": 2000},
+        ),
+        NamedComparison(
+            name="agd-sweep",
+            summary="AGD over the depth and the width of fully connected networks",
+            source=f"{AGD}, the sweep of architectures; best accuracies over the epochs, the two that are told",
+            workloads=tuple(_square(depth, width) for depth in DEPTHS for width in (*WIDTHS, *LARGE_WIDTHS)),
+            optimizers=("agd-paper",),
+            lrs=TUNED,
+            published=(*_agd(_square(2, 64), 0.4255), *_agd(_square(4, 2048), 0.637)),
+            seeds=(0,),
+            tuning_seeds=None,
+            paper_options={"epochs": 2000},
+            paper_alone=tuple(_square(depth, width) for depth in DEPTHS for width in LARGE_WIDTHS),
+        ),
+        NamedComparison(
+            name="agd-batches",
+            summary="AGD over the batch size on a fully connected network of 4 layers",
+            source=f"{AGD}, the sweep of batch sizes, each about 500,000 steps",
+            workloads=tuple(_batches(size) for size in BATCHES),
+            optimizers=("agd-paper",),
+            lrs=TUNED,
+            published=tuple(
+                reading for size, mean in BATCHES.items() for reading in _agd(_batches(size), mean)
+            ),
+            seeds=(0,),
+            tuning_seeds=None,
+            paper_options={"iterations": 500_000},
         ),
     )
 }

@@ -111,24 +111,27 @@ def clock_for(device: torch.device) -> Clock:
 
 
 class Means:
-    """Means of the numbers of steps. On a device they are added up there, without waiting for it."""
+    """Weighted means of the numbers of steps. On a device they are added up there, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_device = device.type != "cpu"
         self._sums: dict[str, Any] = {}
+        self._weight = 0.0
         self.count = 0
         """Steps since the last `take`."""
 
-    def add(self, told: Mapping[str, Tensor]) -> bool:
+    def add(self, told: Mapping[str, Tensor], weight: float = 1.0) -> bool:
         """Adds the numbers of one step. False where the loss is known not to be finite."""
         sums = self._sums
         self.count += 1
+        self._weight += weight
         if self._on_device:
             for key, value in told.items():
-                sums[key] = sums[key] + value if key in sums else value.double()
+                weighted = value.double() * weight
+                sums[key] = sums[key] + weighted if key in sums else weighted
             return True
         for key, value in told.items():
-            sums[key] = sums.get(key, 0.0) + float(value)
+            sums[key] = sums.get(key, 0.0) + float(value) * weight
         try:
             return math.isfinite(sums["loss"])
         except KeyError:
@@ -142,15 +145,17 @@ class Means:
 
     def take(self) -> dict[str, float]:
         """The means since the last `take`."""
-        means = {key: float(value) / self.count for key, value in self._sums.items()}
-        self._sums, self.count = {}, 0
+        means = {key: float(value) / self._weight for key, value in self._sums.items()}
+        self._sums, self._weight, self.count = {}, 0.0, 0
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": {key: float(value) for key, value in self._sums.items()}, "count": self.count}
+        sums = {key: float(value) for key, value in self._sums.items()}
+        return {"sums": sums, "weight": self._weight, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         self.count = state["count"]
+        self._weight = state.get("weight", self.count)  # older checkpoints counted all steps alike
         self._sums = dict(state["sums"])
         if self._on_device:
             self._sums = {

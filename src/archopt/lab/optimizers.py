@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -277,6 +277,7 @@ class Choice:
     ) -> Optimizer:
         """The optimiser for a model, ready to step. Raises LabError, with the rule's words, where it refuses."""
         options = {**self.entry.defaults, **self._published(settings), **self.options}
+        check_options(self.entry, options)
         if self.entry.rate and lr is not None:
             options["lr"] = lr
         try:
@@ -328,13 +329,18 @@ def parse_optimizer(text: str) -> Choice:
     lrs = tuple(check_lr(entry, lr) for lr in (given if isinstance(given, list | tuple) else [given]))
     if "lr" in call.options and not lrs:
         raise LabError(f"{entry.name}: lr={given!r}, expected a number or several: lr=[0.01, 0.1]")
+    check_options(entry, options)
+    return Choice(entry, options, lrs)
+
+
+def check_options(entry: Entry, options: Iterable[str]) -> None:
+    """Raises LabError, with the nearest name, for an option that the optimiser does not have."""
     for name in options:
         if name not in entry.signature and not _takes_any(entry.cls):
             valid = ", ".join(["lr", *entry.signature] if entry.rate else entry.signature)
             raise LabError(
                 f"{entry.name} has no option {name!r}{nearest(name, entry.signature)} (options: {valid})"
             )
-    return Choice(entry, options, lrs)
 
 
 def _takes_any(cls: type[Optimizer]) -> bool:

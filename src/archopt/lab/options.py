@@ -71,11 +71,12 @@ def _unknown(tokens: list[str], known: list[str], prog: str) -> str:
 
 def _in_one_line(box: str) -> str:
     """What tyro says in a box of several lines, without the box and its advice."""
-    text = " ".join(re.sub(r"[─-╿]+", " ", box).split())
+    text = " ".join(re.sub(r"[─-╿]+|-{8,}", " ", box).split())  # hyphens where the terminal has no lines
     text = re.split(r"Argument helptext:|For full helptext", text)[0].strip(" .")
-    if found := re.search(r"Error parsing (\S+): .*'([^']*)'\W*$", text):
+    if found := re.search(r"Error parsing (--\S+): .*'([^']*)'\W*$", text):
         return f"{found[1]} cannot be {found[2]!r}; see --help for what it can be"
-    return re.sub(r"^(Value error|Parsing error|Invalid choice|Missing argument)\s*", "", text)
+    text = re.sub(r"^(Value error|Parsing error|Invalid choice|Missing argument)\s*", "", text)
+    return re.sub(r"^Error parsing \w+: ", "", text)  # what a workload says of its options together
 
 
 def integers(text: str, what: str) -> list[int]:

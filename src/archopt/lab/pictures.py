@@ -14,32 +14,45 @@ CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 def normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Pictures (n, channels, h, w), 0 to 255, as float32, by channel (x / 255 - mean) / std."""
     centre, scale = (images.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-    return (images.float() / WHITE - centre) / scale
+    return images.to(torch.float32, copy=True).div_(WHITE).sub_(centre).div_(scale)
 
 
 def cropped_and_mirrored(images: Tensor, generator: torch.Generator, degrees: float = 0.0) -> Tensor:
     """Each picture shifted by -4 to 4 pixels both ways, black where nothing was, every second one mirrored.
 
     Then, with `degrees`, turned about its middle by an angle between -degrees and degrees; each pixel takes the
-    nearest one, black where there is none. All three are one selection of pixels. Same shape (n, channels, h, w)
-    and type. What happens to a picture depends on the generator, a CPU's, alone.
+    nearest one, black where there is none. Same shape (n, channels, h, w) and type. What happens to a picture
+    depends on the generator, a CPU's, alone.
     """
     count, channels, height, width = images.shape
     down, right = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator)
     mirror = torch.rand(count, 1, generator=generator) < 0.5
+    padded = nn.functional.pad(images, (PADDING,) * 4)
+    if not degrees:
+        return _cut(padded, down, right, mirror, height, width)
     rows = torch.arange(height).repeat_interleave(width).expand(count, -1)
     columns = torch.arange(width).repeat(height).expand(count, -1)
-    outside = None
-    if degrees:
-        angle = torch.rand(count, 1, generator=generator).mul_(2).sub_(1) * math.radians(degrees)
-        rows, columns, outside = _turned(rows, columns, angle, height, width)
+    angle = torch.rand(count, 1, generator=generator).mul_(2).sub_(1) * math.radians(degrees)
+    rows, columns, outside = _turned(rows, columns, angle, height, width)
     columns = torch.where(mirror, width - 1 - columns, columns)
     places = (rows + down) * (width + 2 * PADDING) + columns + right
-    if outside is not None:
-        places = places.masked_fill(outside, 0)  # the padding's first pixel, which is black
-    padded = nn.functional.pad(images, (PADDING,) * 4).flatten(2)
+    places = places.masked_fill(outside, 0)  # the padding's first pixel, which is black
     index = places.to(images.device).unsqueeze(1).expand(-1, channels, -1)
-    return padded.gather(2, index).view_as(images)
+    return padded.flatten(2).gather(2, index).view_as(images)
+
+
+def _cut(padded: Tensor, down: Tensor, right: Tensor, mirror: Tensor, height: int, width: int) -> Tensor:
+    """The part of each picture that begins at (down, right), mirrored where asked; those three are (n, 1).
+
+    Copied row by row, in a quarter of the time that choosing pixel by pixel takes.
+    """
+    count, channels, high, wide = padded.shape
+    planes = torch.arange(count * channels).view(count, channels, 1) * (high * wide)
+    starts = planes + ((down + torch.arange(height)) * wide + right).unsqueeze(1)
+    rows = padded.flatten().unfold(0, width, 1)  # a row from every place
+    cut = rows.index_select(0, starts.flatten().to(padded.device)).view(count, channels, height, width)
+    either = torch.arange(count) + count * mirror.squeeze(1)
+    return torch.cat([cut, cut.flip(3)]).index_select(0, either.to(padded.device))
 
 
 def _turned(

@@ -74,7 +74,7 @@ def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[floa
     if choice.own_lrs:
         return sorted(set(choice.own_lrs))
     default = choice.default_lr
-    if asked == "published" and (lr := choice.published_lr(experiment.workload.settings)) is not None:
+    if asked == "published" and (lr := choice.published_lr(experiment.workload.published)) is not None:
         return [lr]
     if asked in ("published", "default"):
         if default is None:
@@ -119,7 +119,7 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
         if any(known["folder"] == experiment.folder for known in workloads):
             raise LabError(f"workload {workload.name!r} is given twice; name each once")
         workloads.append(_describe(experiment))
-        name, settings = experiment.workload.name, experiment.workload.settings
+        name, settings = experiment.workload.name, experiment.workload.published
         for choice in choices:
             lrs = rates(plan.lrs, choice, experiment)
             if reason := check_choice(experiment, choice, lrs):

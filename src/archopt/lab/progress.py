@@ -138,8 +138,19 @@ class RunProgress(Watcher):
         value = show_metric(self._metric, line["eval"].get(self._metric["key"]))
         if "average" in line:
             value += f"; average: {show_metric(self._metric, line['average'].get(self._metric['key']))}"
-        loss = f"train loss {line['train']['loss']:.4g}, " if "train" in line else ""
         self._progress.update(self._task, completed=line["step"], metric=value)
+        told = []
+        if "train" in line:
+            told.append(f"train loss {line['train']['loss']:.4g}")
+        if "test_loss" in line["eval"]:
+            told.append(f"test loss {line['eval']['test_loss']:.4g}")
+        if "accuracy" in line.get("train", {}):
+            told.append(f"train accuracy {100 * line['train']['accuracy']:.2f} %")
+        told.append(value)
+        for name, sizes in line.get("per_step", {}).items():
+            told.append(f"{name} {sizes['mean']:.3g} ({sizes['least']:.3g} to {sizes['greatest']:.3g})")
         self._console.print(
-            f"step {line['step']:>{len(str(self._steps))}}/{self._steps}: {loss}{value}", highlight=False
+            f"epoch {line['epoch']:.4g}, step {line['step']:>{len(str(self._steps))}}/{self._steps}: "
+            f"{', '.join(told)}",
+            highlight=False,
         )

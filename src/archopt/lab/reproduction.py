@@ -9,13 +9,13 @@ over rates. Comparisons share runs: one that is there already is copied.
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from archopt.lab.calls import parse_call
-from archopt.lab.comparisons import COMPARISONS, NamedComparison, at_rates
+from archopt.lab.comparisons import COMPARISONS, PAPER, NamedComparison, at_rates
 from archopt.lab.data import DataError
 from archopt.lab.errors import LabError, RecordError
 from archopt.lab.experiment import WorkloadChoice, make_workload, workload_class
@@ -27,7 +27,6 @@ from archopt.lab.train import Settings
 
 REPRODUCTION = "reproduction.json"
 """What a reproduction's folder says of itself: the parts, where they lie, and what the paper says."""
-PAPER = "paper"
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,23 @@ REPRODUCTIONS = {
                 Part(COMPARISONS["granularity"], beside=(), over_rates=True),
             ),
         ),
+        Reproduction(
+            "agd",
+            "Automatic gradient descent: deep learning without hyperparameters (arXiv:2304.05187)",
+            (
+                Part(COMPARISONS["agd-default"], beside=("agd",)),
+                Part(COMPARISONS["agd-showcase"], beside=("agd",)),
+                # Against baselines that are tuned: their rates are tried in every preset.
+                Part(COMPARISONS["agd-fcn"], beside=("agd",), over_rates=True),
+                Part(COMPARISONS["agd-resnet18"], beside=("agd",), over_rates=True),
+                Part(COMPARISONS["agd-vgg16"], beside=("agd",), over_rates=True),
+                Part(COMPARISONS["agd-imagenet"], beside=("agd",)),
+                Part(COMPARISONS["agd-optimizers"], beside=("agd",), over_rates=True),
+                Part(COMPARISONS["agd-sweep"], beside=()),
+                Part(COMPARISONS["agd-batches"], beside=()),
+                Part(COMPARISONS["agd-rates"], beside=(), over_rates=True),
+            ),
+        ),
     )
 }
 """By name. A new paper is a new entry."""
@@ -133,7 +149,7 @@ def part_plan(request: Request, part: Part) -> Plan:
     seeds = request.seeds or (reduced and part.reduced_seeds) or named.seeds
     every_rate = part.over_rates or not reduced
     tuning = [seed for seed in named.tuning_seeds or () if seed in seeds] or seeds[:1]
-    calls = [parse_call(text) for text in named.workloads]
+    calls = [parse_call(text) for text in named.trained(request.preset).values()]
     return Plan(
         workloads=[WorkloadChoice(call.name, request.preset, call.options) for call in calls],
         optimizers=[at_rates(text, named.lrs) if every_rate else text for text in optimizers],
@@ -247,7 +263,7 @@ def _describe(request: Request, part: Part, refused: str) -> dict[str, Any]:
         "workloads": [
             {
                 "name": parse_call(text).name,
-                "deviations": deviations(text, request.preset),
+                "deviations": deviations(text, request.preset, named.paper_options),
                 "published": [
                     {
                         "optimizer": parse_optimizer(reading.optimizer).label,
@@ -260,19 +276,23 @@ def _describe(request: Request, part: Part, refused: str) -> dict[str, Any]:
                     if reading.workload == text
                 ],
             }
-            for text in named.workloads
+            for text in named.trained(request.preset)
         ],
     }
 
 
-def deviations(workload: str, preset: str) -> dict[str, list[Any]]:
-    """The options in which a preset differs from `paper`: the paper's value and the preset's."""
+def deviations(
+    workload: str, preset: str, paper_options: Mapping[str, Any] | None = None
+) -> dict[str, list[Any]]:
+    """The options in which a preset differs from `paper`, which has `paper_options` over the workload's own: the
+    paper's value and the preset's."""
     call = parse_call(workload)
     cls = workload_class(call.name)
-    paper, here = (make_workload(cls, name, call.options) for name in (PAPER, preset))
+    paper = make_workload(cls, PAPER, {**call.options, **(paper_options or {})})
+    here = paper if preset == PAPER else make_workload(cls, preset, call.options)
     pairs = {
         option.name: [getattr(paper, option.name), getattr(here, option.name)]
         for option in dataclasses.fields(cls)
-        if option.init
+        if option.init and option.name not in here.unheeded
     }
     return {name: values for name, values in pairs.items() if values[0] != values[1]}

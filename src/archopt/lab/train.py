@@ -24,6 +24,7 @@ from archopt.lab.errors import Interrupted, LabError
 from archopt.lab.experiment import Experiment
 from archopt.lab.optimizers import Choice, has_modes, numbers, state_bytes
 from archopt.lab.record import FORMAT, RunFolder, stored_result
+from archopt.lab.steps import StepNumbers
 from archopt.lab.trackers import Tracked
 from archopt.lab.trainers import packages, trainer_of, trainers_record
 from archopt.lab.user_files import describe
@@ -60,7 +61,7 @@ def clip_norm(experiment: Experiment, choice: Choice, settings: Settings) -> flo
     if settings.clip_norm is not None:
         return settings.clip_norm
     workload = experiment.workload
-    published = workload.settings.get(choice.entry.name, {}).get("clip_norm", workload.clip_norm)
+    published = workload.published.get(choice.entry.name, {}).get("clip_norm", workload.clip_norm)
     return None if published is None else float(published)
 
 
@@ -187,6 +188,7 @@ class Run:
         self._clock = measure.clock_for(self._device)
         self._means = measure.Means(self._device)
         self._step = 0
+        self._weight = 1.0
         self._multiplier: float | None = None
         self._written: dict[str, float] = dict.fromkeys(measure.PHASES, 0.0)
         self._found, self._found_of_average = Found(), Found()
@@ -198,6 +200,7 @@ class Run:
         """The workload's batch of a step."""
         self._clock.enter(measure.OTHER)
         batch = self.workload.batch(step, self.seed)
+        self._weight = self.workload.weight(batch)
         self._clock.enter(measure.FORWARD_BACKWARD)
         return batch
 
@@ -230,6 +233,10 @@ class Run:
         seeds.seed_all(seeds.mix(self.seed, 0, seeds.OPTIMIZER), self._device)
         trainers = {name: trainer_of(self.workload, name, choice, self._lr) for name in self.models}
         self.optimizers = {name: trainers[name].build(model) for name, model in self.models.items()}
+        self._followers = {
+            name: StepNumbers(model, self.optimizers[name], self.workload.updates_every)
+            for name, model in self.models.items()
+        }
         # Made after the optimisers, whose construction may change weights.
         self._averages: Averages | None = None
         if self._settings.average:
@@ -279,11 +286,15 @@ class Run:
             step = self._step
             seeds.seed_all(seeds.mix(self.seed, step, seeds.STEP), self._device)
             self._schedule(step)
+            for follower in self._followers.values():
+                follower.before(step)
             with self._autocast:
                 clock.enter(measure.FORWARD_BACKWARD)
                 told = workload.train_step(self, step)
                 clock.enter(measure.OTHER)
-            finite = means.add(told)
+            finite = means.add(told, self._weight)
+            for follower in self._followers.values():
+                follower.after()
             self._step = step = step + 1
             if on_device and step % CHECK_EVERY == 0:
                 clock.settle()
@@ -337,6 +348,8 @@ class Run:
             self._found_of_average.take(self._step, metric, line["average"])
         if self._step > 0:
             line["optimizer"] = self._optimizer_numbers()
+            if per_step := self._per_step():
+                line["per_step"] = per_step
         rate = None
         if self._lr is not None:
             rate = self._lr * self.workload.schedule(max(self._step - 1, 0))
@@ -410,6 +423,14 @@ class Run:
             for key, value in numbers(optimizer).items()
         }
 
+    def _per_step(self) -> dict[str, Any]:
+        several = len(self.optimizers) > 1
+        return {
+            f"{name}/{key}" if several else key: value
+            for name, follower in self._followers.items()
+            for key, value in follower.take().items()
+        }
+
     def _result(self, status: str) -> dict[str, Any]:
         self._clock.settle()
         totals, seconds = self._clock.totals, self._clock.seconds
@@ -454,6 +475,7 @@ class Run:
             "clock": self._clock.state_dict(),
             "written": self._written,
             "means": self._means.state_dict(),
+            "per_step": {name: follower.state_dict() for name, follower in self._followers.items()},
             **asdict(self._found),
             "peak_memory": self._peak.read(),
         }
@@ -471,6 +493,8 @@ class Run:
             optimizer.load_state_dict(state["optimizers"][name])
         self._clock.load_state_dict(state["clock"])
         self._means.load_state_dict(state["means"], self._device)
+        for name, kept in state.get("per_step", {}).items():  # which older checkpoints do not have
+            self._followers[name].load_state_dict(kept, self._device)
         self._step = state["step"]
         self._written = dict(state["written"])
         self._found = Found(state["final"], state["best"])

@@ -38,7 +38,7 @@ def trainer_of(workload: Workload, model: str, choice: Choice, lr: float | None)
     That one's rate is the one in its brackets, else the published one, else its default. Raises LabError where it
     cannot be read or has no single rate.
     """
-    settings = {name: dict(options) for name, options in workload.settings.items()}
+    settings = {name: dict(options) for name, options in workload.published.items()}
     for name, options in workload.model_settings.get(model, {}).items():
         settings.setdefault(name, {}).update(options)
     own = workload.own_optimizers().get(model)
@@ -62,7 +62,7 @@ def packages(workload: Workload, choice: Choice) -> list[str]:
 
 def trainers_record(workload: Workload, choice: Choice, lr: float | None) -> dict[str, Any]:
     """The run's optimiser for `config.json`; under `models`, those models that are trained in another way."""
-    told = Trainer(choice, lr, workload.settings).record()
+    told = Trainer(choice, lr, workload.published).record()
     named = sorted({*workload.model_settings, *workload.own_optimizers()})
     others = {model: trainer_of(workload, model, choice, lr).record() for model in named}
     differing = {model: other for model, other in others.items() if other != told}

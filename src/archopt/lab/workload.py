@@ -74,8 +74,17 @@ class Workload:
     """Where there are several models: the settings of one, by its name, in which it differs from `settings`."""
     lrs: ClassVar[tuple[float, ...]] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """The grid that `--lrs grid` tries."""
+    default_optimizer: ClassVar[str] = "nero"
+    """What `archopt train` takes where none is asked for: the published one, where the experiment is one rule's."""
+    default_preset: ClassVar[str] = "small"
+    """What `archopt train` takes where none is asked for."""
     clip_norm: ClassVar[float | None] = None
     """Norm that gradients are clipped to, where the published experiment does so; `--clip-norm` overrides it."""
+
+    @property
+    def published(self) -> Mapping[str, Mapping[str, Any]]:
+        """`settings` under the options of this experiment, where they depend on them."""
+        return self.settings
 
     def load(self, data: DataFolder) -> None:
         """Reads the data into memory. Raises `DataError` with the one command or file that is needed."""
@@ -108,6 +117,16 @@ class Workload:
         """Where the data at hand are less than the published set, what there is, in a few words for titles."""
         return ""
 
+    @property
+    def unheeded(self) -> frozenset[str]:
+        """Options that mean nothing under the others, so that pages need not tell how they differ."""
+        return frozenset()
+
+    @property
+    def updates_every(self) -> int:
+        """Steps between measurements of the relative update, which cost a copy of the weights each; 0: none."""
+        return 0
+
     def schedule(self, step: int) -> float:
         """Multiplier of the learning rate at a step, counted from 0. Not applied to rules without a rate."""
         return 1.0
@@ -115,6 +134,11 @@ class Workload:
     def batch(self, step: int, seed: int) -> Any:
         """The training batch of a step: a function of (seed, step) alone."""
         raise NotImplementedError(f"{type(self).__name__} must define batch()")
+
+    def weight(self, batch: Any) -> float:
+        """What a training batch counts in the means of a record: its rows, where those are to be exact over batches
+        of different size. Here all batches count alike."""
+        return 1.0
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a batch, and further 0-d numbers (accuracy, ...) to average between evaluations."""

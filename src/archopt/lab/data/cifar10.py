@@ -1,4 +1,4 @@
-"""CIFAR-10 as arrays."""
+"""CIFAR-10 and CIFAR-100 as arrays."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from archopt.lab.data.cifar10_files import BATCH, HALF_TEST, HALF_TRAIN, SHEET, SIDE
 from archopt.lab.data.folder import DataError, DataFolder
 from archopt.lab.data.mnist import Images
-from archopt.lab.data.sets import CIFAR10, CIFAR10_HALF, DataFile, DataSet
+from archopt.lab.data.sets import CIFAR10, CIFAR10_HALF, CIFAR100, DataFile, DataSet
 
 
 def load_cifar10(data: DataFolder, train: int | None = None, test: int | None = None) -> Images:
@@ -27,11 +27,23 @@ def load_cifar10(data: DataFolder, train: int | None = None, test: int | None = 
     return read(data, *counts)
 
 
+def load_cifar100(data: DataFolder) -> Images:
+    """All of CIFAR-100 in the original order, as `load_cifar10`; labels are the classes, 0 to 99.
+
+    Raises DataError with what is needed where a file is missing or damaged.
+    """
+    return _split(*(CIFAR100.read(data, file) for file in CIFAR100.files))
+
+
+def _split(train: NDArray[np.uint8], test: NDArray[np.uint8]) -> Images:
+    """Rows of a label and its pixels, as images."""
+    (x, y), (xt, yt) = ((rows[:, 1:].reshape(-1, 3, SIDE, SIDE), rows[:, 0]) for rows in (train, test))
+    return Images(x, y, xt, yt)
+
+
 def _original(data: DataFolder, train: int, test: int) -> Images:
     batches, (last,) = CIFAR10.files[:-1], CIFAR10.files[-1:]
-    rows = _concatenated(CIFAR10, data, batches, train, BATCH), CIFAR10.read(data, last)[:test]
-    (x, y), (xt, yt) = ((part[:, 1:].reshape(-1, 3, SIDE, SIDE), part[:, 0]) for part in rows)
-    return Images(x, y, xt, yt)
+    return _split(_concatenated(CIFAR10, data, batches, train, BATCH), CIFAR10.read(data, last)[:test])
 
 
 def _half(data: DataFolder, train: int, test: int) -> Images:

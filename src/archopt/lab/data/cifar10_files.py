@@ -1,4 +1,4 @@
-"""Readers of the two forms of CIFAR-10 (A. Krizhevsky 2009): the original batches, and lossless WebP sheets."""
+"""Readers of CIFAR (A. Krizhevsky 2009): the original batches of both sets, lossless WebP sheets of CIFAR-10."""
 
 import importlib.resources
 import io
@@ -26,7 +26,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module not in _HOMES or name not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 batch needs")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of CIFAR needs")
         return _ALLOWED[name]
 
 
@@ -35,13 +35,22 @@ def read_batch(content: bytes, name: str = "the file") -> NDArray[np.uint8]:
 
     Raises DataError, beginning with `name`, for anything else; never runs what a pickle asks for.
     """
+    return _read_batch(content, name, "CIFAR-10", b"labels")
+
+
+def read_fine_batch(content: bytes, name: str = "the file") -> NDArray[np.uint8]:
+    """The same of CIFAR-100, whose pictures have two labels: that of the class, one of a hundred, is taken."""
+    return _read_batch(content, name, "CIFAR-100", b"fine_labels")
+
+
+def _read_batch(content: bytes, name: str, known: str, key: bytes) -> NDArray[np.uint8]:
     try:
         batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        labels, images = np.asarray(batch[b"labels"], np.uint8), batch[b"data"]
+        labels, images = np.asarray(batch[key], np.uint8), batch[b"data"]
         if images.dtype != np.uint8 or images.shape != (len(labels), PIXELS):
             raise ValueError(f"its pixels are {images.dtype} {images.shape}, its labels {len(labels)}")
     except Exception as error:  # bytes that are no pickle of a batch may raise anything
-        raise DataError(f"{name} is no batch of CIFAR-10: {error}") from error
+        raise DataError(f"{name} is no batch of {known}: {error}") from error
     return np.column_stack([labels, images])
 
 

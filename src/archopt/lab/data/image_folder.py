@@ -57,9 +57,12 @@ class ImageFolder:
     classes: tuple[str, ...]
 
 
-def load_image_folder(data: DataFolder, names: Iterable[str], side: int) -> ImageFolder:
+def load_image_folder(
+    data: DataFolder, names: Iterable[str], side: int, elsewhere: str = "name another folder with --folder"
+) -> ImageFolder:
     """The first of the folders of these names that is there, below the data folder.
 
+    elsewhere: what a message says to do where the pictures lie in another place.
     A checksum of each part is recorded: of its files' names and contents where they are held, else of their names
     and sizes. Raises DataError where there is no such folder, or no classes in it, or a picture cannot be read.
     """
@@ -71,7 +74,7 @@ def load_image_folder(data: DataFolder, names: Iterable[str], side: int) -> Imag
         absent = "" if data.path.is_dir() else " (no such folder)"
         raise DataError(
             f"{' or '.join(names)} is not in {data.path}{absent}; put the pictures there as "
-            f"{names[0]}/train/CLASS/*.JPEG and {names[0]}/val/CLASS/*.JPEG, or name another folder with --folder"
+            f"{names[0]}/train/CLASS/*.JPEG and {names[0]}/val/CLASS/*.JPEG, or {elsewhere}"
         )
     root = data.path / name
     classes = _classes(root / "train")

@@ -1,4 +1,4 @@
-"""MNIST as arrays."""
+"""MNIST and Fashion-MNIST as arrays."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from archopt.lab.data.folder import DataFolder
-from archopt.lab.data.sets import MNIST
+from archopt.lab.data.sets import FASHION_MNIST, MNIST
 
 
 @dataclass(frozen=True)
@@ -26,3 +26,8 @@ def load_mnist(data: DataFolder) -> Images:
     where a file is missing, truncated, damaged or another.
     """
     return Images(*(MNIST.read(data, file) for file in MNIST.files))
+
+
+def load_fashion_mnist(data: DataFolder) -> Images:
+    """Fashion-MNIST, in the same shapes and checked in the same way."""
+    return Images(*(FASHION_MNIST.read(data, file) for file in FASHION_MNIST.files))

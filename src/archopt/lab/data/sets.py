@@ -22,6 +22,7 @@ from archopt.lab.data.cifar10_files import (
     SIDE,
     half_checksums,
     read_batch,
+    read_fine_batch,
     read_labels,
     read_sheet,
 )
@@ -179,6 +180,24 @@ MNIST = DataSet(
     ),
 )
 
+FASHION_MNIST = DataSet(
+    name="fashion-mnist",
+    what="Fashion-MNIST: 60,000 + 10,000 pictures of ten kinds of clothes, 28 x 28 grey (Zalando Research)",
+    licence="MIT",
+    # Not in the folder itself: its files have MNIST's names.
+    folders=("fashion-mnist", "FashionMNIST/raw"),
+    files=(
+        DataFile("train-images-idx3-ubyte", "md5:f4a8712d7a061bf5bd6d2ca38dc4d50a", (60000, 28, 28)),
+        DataFile("train-labels-idx1-ubyte", "md5:9018921c3c673c538a1fc5bad174d6f9", (60000,)),
+        DataFile("t10k-images-idx3-ubyte", "md5:8181f5470baa50b63fa0f6fddb340f0a", (10000, 28, 28)),
+        DataFile("t10k-labels-idx1-ubyte", "md5:15d484375f8d13e6eb1aabb0c3f46965", (10000,)),
+    ),
+    mirrors=(
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    ),
+)
+
 TINY_SHAKESPEARE = DataSet(
     name="tinyshakespeare",
     what="tiny Shakespeare: 1,115,394 characters of his plays, 65 of them different (A. Karpathy)",
@@ -208,6 +227,23 @@ CIFAR10 = DataSet(
     ),
     mirrors=("https://www.cs.toronto.edu/~kriz/",),
     archive="cifar-10-python.tar.gz",
+)
+
+
+CIFAR100 = DataSet(
+    name="cifar100",
+    what="CIFAR-100: 50,000 + 10,000 photographs of a hundred classes, 32 x 32 in colour (A. Krizhevsky)",
+    licence=CIFAR10.licence,
+    folders=("cifar-100-python", "cifar100/cifar-100-python", "cifar100"),
+    files=tuple(
+        DataFile(name, f"md5:{digest}", (count, 1 + PIXELS), read_fine_batch, suffix="")
+        for name, digest, count in (
+            ("train", "16019d7e3df5f24257cddd939b257f8d", 5 * BATCH),
+            ("test", "f0ef6b0ae62326f3e7ffdfab6717acfc", BATCH),
+        )
+    ),
+    mirrors=CIFAR10.mirrors,
+    archive="cifar-100-python.tar.gz",
 )
 
 
@@ -290,7 +326,17 @@ MULTI30K = DataSet(
 
 SETS = {
     known.name: known
-    for known in (DIGITS, MNIST, TINY_SHAKESPEARE, CIFAR10, CIFAR10_HALF, WIKITEXT2, MULTI30K)
+    for known in (
+        DIGITS,
+        MNIST,
+        TINY_SHAKESPEARE,
+        CIFAR10,
+        CIFAR10_HALF,
+        CIFAR100,
+        FASHION_MNIST,
+        WIKITEXT2,
+        MULTI30K,
+    )
 }
 
 

@@ -29,7 +29,8 @@ class Published:
     """What the paper says of one optimiser on one workload."""
 
     optimizer: str
-    lr: float
+    lr: float | None
+    """None: not told, or the rule has none."""
     mean: float | None
     deviation: float | None
     metric: str
@@ -129,7 +130,7 @@ def beside(workload: Reproduced) -> Table:
         Column("here", f"Final {metric.name}: mean ± population standard deviation over the seeds."),
         Column("seeds", "That finished, of those asked for at this rate."),
         Column("published lr", "The paper's best rate."),
-        Column("published", "The paper's number, over three seeds."),
+        Column("published", "The paper's number, with its deviation over seeds where it gives one."),
     )
     rows = [
         _beside_row(row.optimizer.label, row.leading, workload)

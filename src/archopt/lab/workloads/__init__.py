@@ -13,6 +13,7 @@ _PLACES = {
     "cifar10-vgg11": "archopt.lab.workloads.cifar10_vgg11:CIFAR10VGG11",
     "cifar10-resnet18": "archopt.lab.workloads.cifar10_resnet18:CIFAR10ResNet18",
     "imagenet-resnet50": "archopt.lab.workloads.imagenet_resnet50:ImageNetResNet50",
+    "classify": "archopt.lab.workloads.classify:Classify",
     "cifar10-gan": "archopt.lab.workloads.cifar10_gan:CIFAR10GAN",
     "shakespeare-gpt": "archopt.lab.workloads.shakespeare_gpt:ShakespeareGPT",
     "shakespeare-lstm": "archopt.lab.workloads.shakespeare_lstm:ShakespeareLSTM",

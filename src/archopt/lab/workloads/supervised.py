@@ -1,7 +1,7 @@
 """What workloads share that learn targets from inputs, both held in memory as tensors."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +42,26 @@ def by_rows(inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(inputs, EVALUATION_ROWS), torch.split(targets, EVALUATION_ROWS))
 
 
-def score(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Sequence[int] = (1,)
-) -> tuple[float, list[float]]:
-    """Mean cross-entropy over all rows and, for each k of `ranks`, the share with the target among the k largest.
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of all rows together, 0-d."""
+    return F.cross_entropy(logits, targets, reduction="sum")
 
+
+def score(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    ranks: Sequence[int] = (1,),
+    summed: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy,
+) -> tuple[float, list[float]]:
+    """Mean loss over all rows and, for each k of `ranks`, the share with the target among the k largest.
+
+    summed: the loss of some rows together, given logits and targets.
     Where logits are not finite neither is a share: the largest of them would mean nothing.
     """
     rows, loss, correct = 0, torch.zeros(()), [torch.zeros(()) for _ in ranks]
     for inputs, targets in batches:
         logits = model(inputs).float()
-        loss = loss + F.cross_entropy(logits, targets, reduction="sum").cpu()
+        loss = loss + summed(logits, targets).cpu()
         for place, k in enumerate(ranks):
             correct[place] = correct[place] + among_largest(logits, targets, k).sum().cpu()
         rows += len(targets)
@@ -75,22 +84,17 @@ def check_positive(workload: Workload, *names: str) -> None:
             raise ValueError(f"{name}={getattr(workload, name)!r}, expected a value above 0")
 
 
-@dataclass
-class Supervised(Workload):
-    """Classification of rows held in memory; override `loss` and `evaluate` for another task.
+class HeldRows(Workload):
+    """Batches of rows that are held in memory: every epoch visits all training rows once, in the order of
+    `epoch_order`; its last batch is shorter where the rows of a batch do not divide them.
 
-    A subclass calls `hold` in its `load` and defines `build`. Every epoch visits all training rows once, in
-    the order of `epoch_order`; its last batch is shorter where `batch_size` does not divide the rows.
-
-    `loss` gives the batch's accuracy beside the loss, so a record holds the running training accuracy too:
-    each batch scored before its update, averaged over the steps between evaluations.
+    A subclass calls `hold` in its `load` and defines `batch_rows`.
     """
 
-    epochs: int = 20
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        check_positive(self, "epochs", "batch_size")
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a training batch."""
+        raise NotImplementedError(f"{type(self).__name__} must define batch_rows")
 
     def hold(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
         """Takes (inputs, targets) for training and for testing, rows along dimension 0.
@@ -115,7 +119,36 @@ class Supervised(Workload):
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.train_inputs) // self.batch_size)
+        return -(-len(self.train_inputs) // self.batch_rows)
+
+    def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != (seed, epoch):
+            order = epoch_order(len(self.train_inputs), seed, epoch).to(self.train_inputs.device)
+            self._order = (seed, epoch), order
+        rows = self._order[1][index * self.batch_rows : (index + 1) * self.batch_rows]
+        return self.train_inputs.index_select(0, rows), self.train_targets.index_select(0, rows)
+
+
+@dataclass
+class Supervised(HeldRows):
+    """Classification of rows held in memory; override `loss` and `evaluate` for another task.
+
+    A subclass calls `hold` in its `load` and defines `build`.
+
+    `loss` gives the batch's accuracy beside the loss, so a record holds the running training accuracy too:
+    each batch scored before its update, averaged over the steps between evaluations.
+    """
+
+    epochs: int = 20
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_positive(self, "epochs", "batch_size")
+
+    @property
+    def batch_rows(self) -> int:
+        return self.batch_size
 
     @property
     def steps(self) -> int:
@@ -124,14 +157,6 @@ class Supervised(Workload):
     @property
     def eval_every(self) -> int:
         return self.steps_per_epoch
-
-    def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != (seed, epoch):
-            order = epoch_order(len(self.train_inputs), seed, epoch).to(self.train_inputs.device)
-            self._order = (seed, epoch), order
-        rows = self._order[1][index * self.batch_size : (index + 1) * self.batch_size]
-        return self.train_inputs.index_select(0, rows), self.train_targets.index_select(0, rows)
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         inputs, targets = batch

@@ -1,0 +1,35 @@
+"""VGG for 32 x 32 pixels as AGD's paper (2304.05187) trains it: BatchNorm, one linear layer, no vectors."""
+
+from torch import Tensor, nn
+
+from archopt.lab.models.vgg import LAYERS, POOL
+
+
+class BareVGG(nn.Module):
+    """3 x 3 convolutions with BatchNorm and ReLU, five times halved, and a linear layer.
+
+    depth: 11, 13, 16 or 19; width: channels of the first convolution. Input (batch, 3, 32, 32), output (batch,
+    classes). No biases, BatchNorm without gains and shifts. Torch's own initial weights.
+    """
+
+    def __init__(self, depth: int = 16, width: int = 64, classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for multiple in LAYERS[depth]:
+            if multiple == POOL:
+                layers.append(nn.MaxPool2d(2))
+                continue
+            filters = multiple * width
+            layers += [
+                nn.Conv2d(channels, filters, 3, padding=1, bias=False),
+                nn.BatchNorm2d(filters, affine=False),
+                nn.ReLU(),
+            ]
+            channels = filters
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images).flatten(1))
+        return logits
