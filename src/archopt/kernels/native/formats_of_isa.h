@@ -1,7 +1,5 @@
 /* The kernels of one instruction set, ISA with vectors of VECTOR_BYTES, for every format; included once for each. */
 
-#define PARTS (LANES * (int)sizeof(double) / VECTOR_BYTES)
-
 #define T float
 #define A float
 #define WHOLE int32_t
@@ -61,4 +59,3 @@ static const Work FOR_ISA(entries, ISA)[FORMATS] = TABLE(entries);
 #undef JOIN
 #undef TABLE
 #undef OF
-#undef PARTS

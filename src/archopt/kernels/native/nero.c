@@ -9,8 +9,7 @@
    rows that fit in cache, five for longer ones. Where the norm would come out of a cancellation (the row is far from
    balanced) it is formed again from the moved row itself.
 
-   Sums run in double precision, in a fixed order that depends on neither the number of threads nor the instruction
-   set, and products are never contracted (-ffp-contract=off): the same bits everywhere.
+   Sums run in a fixed order that depends on neither the number of threads nor the instruction set, and products are never contracted (-ffp-contract=off): the same bits everywhere.
 
    The caller (archopt/kernels/cpu.py) has checked types, layouts and devices. Nothing here knows Python or torch. */
 
@@ -20,10 +19,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "formats.h"
 
@@ -76,7 +71,7 @@ typedef struct {
 } Report;
 
 /* A neuron whose squared norm after the step is a smaller part of its terms than this is summed again. */
-static const double CANCELLATION = 0.05;
+static const double CANCELLATION = 0.25;
 
 /* Where centring leaves less than rounding does of a constant row, the row is not divided (archopt/neurons.py). */
 static double length_of(double square, double mean, double fan_in, double epsilon, double tiny) {
@@ -106,12 +101,16 @@ static int64_t strip_rows(const Tensor *t) {
 enum { UNIT = 16384 }; /* entries that a thread takes at a time, or one neuron if that is more */
 enum { BLOCK = 1024 }; /* entries that are converted, and summed before the sum of sums, at once */
 
-enum { LANES = 8 };    /* partial sums side by side, whatever the width of the processor's vectors */
+enum { LANES_BYTES = 64 }; /* of partial sums side by side, whatever the width of the processor's vectors */
+
+/* While a neuron is worked on the next one is fetched, unless both together leave the second cache. */
+static const int64_t AHEAD_BYTES = 128 * 1024;
+#define PREFETCH(address) __builtin_prefetch((address), 0, 2)
 
 #if defined(__clang__)
-#define UNROLLED _Pragma("clang loop unroll(full)")
+#define UNROLLED _Pragma("clang loop unroll_count(4)")
 #else
-#define UNROLLED _Pragma("GCC unroll 8")
+#define UNROLLED _Pragma("GCC unroll 4")
 #endif
 
 typedef void (*Work)(const Tensor *, const Options *, int64_t, int64_t, Report *);
@@ -119,14 +118,9 @@ typedef void (*Work)(const Tensor *, const Options *, int64_t, int64_t, Report *
 #define PASTE(a, b, c) a##_##b##_##c
 #define NAMED(a, b, c) PASTE(a, b, c)
 
-/* WIDEN: VECTOR_BYTES of doubles from floats, where compilers do poorly with __builtin_convertvector. */
 #define ISA baseline
 #define VECTOR_BYTES 16
-#if defined(__x86_64__)
-#define WIDEN(p) _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(p))))
-#endif
 #include "formats_of_isa.h"
-#undef WIDEN
 #undef VECTOR_BYTES
 #undef ISA
 
@@ -139,9 +133,7 @@ typedef void (*Work)(const Tensor *, const Options *, int64_t, int64_t, Report *
 #endif
 #define ISA avx2
 #define VECTOR_BYTES 32
-#define WIDEN(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
 #include "formats_of_isa.h"
-#undef WIDEN
 #undef VECTOR_BYTES
 #undef ISA
 #if defined(__clang__)
@@ -154,9 +146,7 @@ typedef void (*Work)(const Tensor *, const Options *, int64_t, int64_t, Report *
 #endif
 #define ISA avx512
 #define VECTOR_BYTES 64
-#define WIDEN(p) _mm512_cvtps_pd(_mm256_loadu_ps(p))
 #include "formats_of_isa.h"
-#undef WIDEN
 #undef VECTOR_BYTES
 #undef ISA
 #if defined(__clang__)

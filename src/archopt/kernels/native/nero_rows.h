@@ -3,17 +3,18 @@
    T       what weights and gradients are stored as        FORMAT, ISA   names of the two
    A       what arithmetic is done in: float or double     WHOLE         the integer as wide as A
    EPSILON, TINY   of A                                    FROM, TO      T to A and back, where they differ
-   VECTOR_BYTES    of the instruction set                  PARTS         vectors that LANES doubles take
+   VECTOR_BYTES    of the instruction set
 
    Loops over neighbouring entries carry no order of their own and are left to the compiler's vectoriser; sums are
    written in LANES explicit lanes, since their order must not be the compiler's. */
 
 #define FN(name) NAMED(name, FORMAT, ISA)
 
-/* LANES numbers side by side, as the vectors that this instruction set has. */
-typedef double FN(Vector) __attribute__((vector_size(VECTOR_BYTES)));
+enum { FN(LANES) = LANES_BYTES / sizeof(A), FN(PARTS) = LANES_BYTES / VECTOR_BYTES };
+
+typedef A FN(Vector) __attribute__((vector_size(VECTOR_BYTES)));
 typedef struct {
-  FN(Vector) part[PARTS];
+  FN(Vector) part[FN(PARTS)];
 } FN(Lanes);
 
 /* Entries as A: where they lie, or converted into `room`. */
@@ -28,30 +29,29 @@ static inline const A *FN(read)(const T *restrict from, A *restrict room, int64_
 #endif
 }
 
-static inline FN(Vector) FN(widened)(const A *from) {
-#ifdef WIDEN
-  if (sizeof(A) == sizeof(float)) return (FN(Vector))WIDEN((const float *)from);
-#endif
-  typedef A Narrow __attribute__((vector_size(VECTOR_BYTES / sizeof(double) * sizeof(A))));
-  Narrow narrow;
-  memcpy(&narrow, from, sizeof narrow);
-  return __builtin_convertvector(narrow, FN(Vector));
-}
-
 static inline double FN(across)(const FN(Lanes) *lanes) {
-  double x[LANES];
+  A x[FN(LANES)];
   memcpy(x, lanes, sizeof x);
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+  UNROLLED
+  for (int half = FN(LANES) / 2; half; half /= 2) {
+    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  }
+  return x[0];
 }
 
-/* Adds the sums of up to BLOCK entries: lanes first, then across, so that errors grow with the root of the length. */
-static inline void FN(add_block)(const A *restrict w, const A *restrict g, int64_t n, Sums *sums) {
+/* Adds the sums of up to BLOCK entries to sums in double precision: each lane adds up no more than 64 of them
+   (128 of float64), so that float32 loses hardly more than its last digit. `ahead`, if any, is memory that will be
+   read next: it is asked for on the way. */
+static inline void FN(add_block)(const A *restrict w, const A *restrict g, int64_t n, const char *ahead, Sums *sums) {
   FN(Lanes) sw = {0}, sww = {0}, sg = {0}, sgg = {0}, swg = {0};
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
+  for (; i + FN(LANES) <= n; i += FN(LANES)) {
+    if (ahead) PREFETCH(ahead + i * sizeof(T));
     UNROLLED
-    for (int part = 0; part < PARTS; part++) {
-      FN(Vector) a = FN(widened)(w + i + part * (LANES / PARTS)), b = FN(widened)(g + i + part * (LANES / PARTS));
+    for (int part = 0; part < FN(PARTS); part++) {
+      FN(Vector) a, b;
+      memcpy(&a, w + i + part * (FN(LANES) / FN(PARTS)), sizeof a);
+      memcpy(&b, g + i + part * (FN(LANES) / FN(PARTS)), sizeof b);
       sw.part[part] += a;
       sww.part[part] += a * a;
       sg.part[part] += b;
@@ -75,34 +75,44 @@ static inline void FN(add_block)(const A *restrict w, const A *restrict g, int64
   sums->wg += FN(across)(&swg) + rest.wg;
 }
 
-static Sums FN(sum_row)(const T *w, const T *g, int64_t spread, int64_t stride, int64_t run) {
+/* The sums of a neuron. The weights that lie `ahead` entries further on, if any, are asked for on the way. */
+static Sums FN(sum_row)(const T *w, const T *g, int64_t spread, int64_t stride, int64_t run, int64_t ahead) {
   Sums sums = {0, 0, 0, 0, 0};
   A w_room[BLOCK], g_room[BLOCK];
   for (int64_t s = 0; s < spread; s++) {
     for (int64_t k = 0; k < run; k += BLOCK) {
       int64_t n = run - k < BLOCK ? run - k : BLOCK, at = s * stride + k;
-      FN(add_block)(FN(read)(w + at, w_room, n), FN(read)(g + at, g_room, n), n, &sums);
+      const char *next = ahead ? (const char *)(w + at + ahead) : NULL;
+      FN(add_block)(FN(read)(w + at, w_room, n), FN(read)(g + at, g_room, n), n, next, &sums);
     }
   }
   return sums;
 }
 
-static void FN(move_row)(T *restrict w, const T *restrict g, int64_t spread, int64_t stride, int64_t run, Move move) {
+/* Moves a neuron. The gradients that lie `ahead` entries further on, if any, are asked for on the way. */
+static void FN(move_row)(T *restrict w, const T *restrict g, int64_t spread, int64_t stride, int64_t run,
+                         int64_t ahead, Move move) {
   const A pace = (A)move.stride, mean = (A)move.mean, inverse = (A)move.inverse;
   for (int64_t s = 0; s < spread; s++) {
     T *restrict to = w + s * stride;
     const T *restrict from = g + s * stride;
 #ifdef FROM
     A w_room[BLOCK], g_room[BLOCK];
+#endif
     for (int64_t k = 0; k < run; k += BLOCK) {
       int64_t n = run - k < BLOCK ? run - k : BLOCK;
+      if (ahead) {
+        for (int64_t i = 0; i < n; i += LANES_BYTES / sizeof(T)) PREFETCH((const char *)(from + k + ahead + i));
+      }
+#ifdef FROM
       FN(read)(to + k, w_room, n);
       FN(read)(from + k, g_room, n);
       for (int64_t i = 0; i < n; i++) to[k + i] = TO(((w_room[i] - pace * g_room[i]) - mean) * inverse);
-    }
 #else
-    for (int64_t k = 0; k < run; k++) to[k] = ((to[k] - pace * from[k]) - mean) * inverse;
+      UNROLLED
+      for (int64_t i = 0; i < n; i++) to[k + i] = ((to[k + i] - pace * from[k + i]) - mean) * inverse;
 #endif
+    }
   }
 }
 
@@ -177,17 +187,19 @@ static void FN(look_again)(const Options *o, const T *w, const T *g, int64_t spr
 static void FN(rows)(const Tensor *t, const Options *o, int64_t begin, int64_t end, Report *report) {
   const int64_t stride = t->rows * t->run;
   const Pace pace = FN(pace_of)(t, o);
+  const int64_t fan_in = t->spread * t->run;
+  const int64_t ahead = t->spread == 1 && 2 * fan_in * (int64_t)sizeof(T) <= AHEAD_BYTES ? fan_in : 0;
   A *v = t->exp_avg_sq;
   for (int64_t row = begin; row < end; row++) {
     int64_t at = (row / t->rows) * t->spread * stride + (row % t->rows) * t->run;
     T *w = (T *)t->weight + at;
     const T *g = (const T *)t->grad + at;
-    Sums sums = FN(sum_row)(w, g, t->spread, stride, t->run);
+    Sums sums = FN(sum_row)(w, g, t->spread, stride, t->run, ahead);
     Move move = FN(decide)(o, pace, sums.gg, v + row, report);
     if (!move.moves) continue;
-    FN(foresee)(o, &sums, (double)(t->spread * t->run), &move);
+    FN(foresee)(o, &sums, (double)fan_in, &move);
     if (move.recheck) FN(look_again)(o, w, g, t->spread, stride, t->run, &move);
-    FN(move_row)(w, g, t->spread, stride, t->run, move);
+    FN(move_row)(w, g, t->spread, stride, t->run, ahead, move);
   }
 }
 
