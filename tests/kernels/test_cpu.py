@@ -122,7 +122,7 @@ def test_a_constant_row_is_not_blown_up() -> None:
 
 
 def every_kind_of_work(dtype: torch.dtype) -> list[tuple[Tensor, int]]:
-    """Tensors for each way that the kernel works, and the neuron dimension; some are more than one piece of work."""
+    """Tensors for each way that the kernel works, and their neuron dimension; some are many pieces of work."""
     shapes = [
         ((70, 1000), 0),
         ((3, 30_011), 0),
@@ -227,7 +227,8 @@ def test_layouts_number_every_entry_as_its_statistic_is_numbered(shape, order, p
     layout = cpu.layout_of(tensor.shape, tensor.stride(), summed)
     if isinstance(layout, str):
         kept = [d for d in permutation if d not in summed and shape[d] > 1]
-        assert kept != sorted(kept) or len(shape) > 4 - (permutation[-1] not in summed), layout
+        levels = [key for key, _ in itertools.groupby(d in summed for d in permutation[::-1] if shape[d] > 1)]
+        assert kept != sorted(kept) or len(levels) + (not levels[0]) > 4, layout
         return
     if not summed:
         assert layout == (1, 1, tensor.numel(), 1)
@@ -249,7 +250,7 @@ def channels_last(tensor: Tensor) -> Tensor:
 VIEWS = {
     "rows": (lambda: random(9, 40), {}),
     "columns": (lambda: random(40, 700), {"neuron_dim": 1}),
-    "few long columns": (lambda: random(30_000, 3), {"neuron_dim": 1}),
+    "few long columns": (lambda: random(5000, 3), {"neuron_dim": 1}),
     "transposed": (lambda: random(40, 9).t(), {}),
     "filters": (lambda: random(6, 5, 3, 3), {}),
     "channels last": (lambda: channels_last(random(6, 5, 3, 3)), {}),
@@ -271,7 +272,9 @@ def test_every_layout_follows_the_plain_form(
     name: str, dtype: torch.dtype, constraints: dict[str, bool]
 ) -> None:
     make, options = VIEWS[name]
-    pair = [nn.Parameter(make().to(dtype)) for _ in range(2)]
+    # Float32 is held against float64: torch's own sums down long columns err more than the kernel's.
+    exact = torch.float64 if dtype == torch.float32 else dtype
+    pair = [nn.Parameter(make().to(dtype)), nn.Parameter(make().to(exact))]
     fused = Nero(pair[:1], fused=True, **options, **constraints)
     plain = Nero(pair[1:], foreach=False, **options, **constraints)
     for t in range(3):
@@ -285,7 +288,8 @@ def test_every_layout_follows_the_plain_form(
         )
     for key in ("exp_avg_sq", "turn", "skipped", "step"):
         ours, theirs = fused.state[pair[0]][key], plain.state[pair[1]][key]
-        torch.testing.assert_close(ours, theirs, rtol=max(1e-6, TOLERANCE[dtype]), atol=0.0)
+        tolerance = max(1e-6, TOLERANCE[dtype])
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0.0, check_dtype=False)
 
 
 # -- what is served, and what is refused -------------------------------------------------------------------
@@ -443,7 +447,7 @@ def test_layouts_of_groups_are_those_of_the_view_in_groups() -> None:
     """Grouped transposed convolutions: dimension 0 is split before layouts are read."""
     for groups, rest in itertools.product((1, 2, 4), ((3,), (3, 2, 2))):
         weight = random(8, *rest)
-        layout = nero_fused._layout_of(weight.shape, weight.stride(), 1, groups)
+        layout = nero_fused.layout_of(weight.shape, weight.stride(), 1, groups)
         dims = fan_in_dims(weight.shape, 1, groups)
         view = weight if groups == 1 else weight.unflatten(0, (groups, -1))
         assert layout == cpu.layout_of(view.shape, view.stride(), dims)

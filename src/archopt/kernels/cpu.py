@@ -136,36 +136,66 @@ def layout_of(shape: Sequence[int], strides: Sequence[int], summed: Iterable[int
     return Layout(batches, spread, rows, run)
 
 
-def obstacle(param: Tensor) -> str:
-    """Why the kernel cannot serve a weight, whatever its layout; an empty string if it can."""
-    if param.device.type != "cpu":
-        return f"it is on {param.device}, the kernel is for the CPU"
-    if type(param) is not Tensor and type(param) is not nn.Parameter:
-        return f"it is a {type(param).__name__}, whose memory the kernel cannot take for a plain tensor's"
-    if param.dtype not in FORMATS:
-        return f"its type is {param.dtype}; the kernel takes {', '.join(map(str, FORMATS))}"
+def missing() -> str:
+    """Why the kernel cannot be used at all; an empty string if it can."""
     found = _library()
     return found if isinstance(found, str) else ""
 
 
-def obstacle_of_gradient(param: Tensor, grad: Tensor) -> str:
+class Memory(NamedTuple):
+    """What a tensor is made of, for the kernel: hashable, so that what is decided from it is decided once."""
+
+    kind: type
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+def obstacle(weight: Memory) -> str:
+    """Why the kernel cannot serve a weight, whatever its layout; an empty string if it can."""
+    if weight.device.type != "cpu":
+        return f"it is on {weight.device}, the kernel is for the CPU"
+    if weight.kind is not Tensor and weight.kind is not nn.Parameter:
+        return f"it is a {weight.kind.__name__}, whose memory the kernel cannot take for a plain tensor's"
+    if weight.dtype not in FORMATS:
+        return f"its type is {weight.dtype}; the kernel takes {', '.join(map(str, FORMATS))}"
+    return ""
+
+
+def obstacle_of_gradient(weight: Memory, grad: Memory) -> str:
     """Why the kernel cannot serve this gradient of a weight that it can serve; an empty string if it can."""
-    if grad.dtype != param.dtype or grad.device != param.device:
-        return f"its gradient is {grad.dtype} on {grad.device}, the weight {param.dtype} on {param.device}"
-    if type(grad) is not Tensor:
-        return f"its gradient is a {type(grad).__name__}"
-    if grad.stride() != param.stride() and _strides(grad) != _strides(param):
-        return f"its gradient has strides {grad.stride()}, the weight {param.stride()}"
-    if grad.is_neg() or param.is_neg():
+    if grad.dtype != weight.dtype or grad.device != weight.device:
+        return f"its gradient is {grad.dtype} on {grad.device}, the weight {weight.dtype} on {weight.device}"
+    if grad.kind is not Tensor:
+        return f"its gradient is a {grad.kind.__name__}"
+    if _strides(grad) != _strides(weight):
+        return f"its gradient has strides {grad.strides}, the weight {weight.strides}"
+    return ""
+
+
+def obstacle_of_view(weight: Tensor, grad: Tensor) -> str:
+    """Why two tensors cannot be served for what they are views of; an empty string if they can."""
+    if grad.is_neg() or weight.is_neg():
         return "it or its gradient is a view that negates"
-    if param.data_ptr() == 0 or grad.data_ptr() == 0:
+    if weight.data_ptr() == 0 or grad.data_ptr() == 0:
         return "it or its gradient has no memory of its own"
     return ""
 
 
-def _strides(tensor: Tensor) -> list[int]:
+def is_contiguous(memory: Memory) -> bool:
+    """Whether entries lie in memory in their logical order, without gaps."""
+    expected = 1
+    for size, stride in zip(reversed(memory.shape), reversed(memory.strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _strides(memory: Memory) -> list[int]:
     """Strides that matter: of dimensions with more than one entry."""
-    return [stride for size, stride in zip(tensor.shape, tensor.stride()) if size != 1]
+    return [stride for size, stride in zip(memory.shape, memory.strides) if size != 1]
 
 
 # -- the call ----------------------------------------------------------------------------------------------

@@ -207,8 +207,8 @@ class Nero(ArchOptimizer):
             states = [self.state[p] for p in params]
             work.append((group, params, states, served(params, states, group)))
         for group, params, states, for_kernel in work:
-            for state in states:
-                state["step"] += 1
+            if params:
+                torch._foreach_add_([state["step"] for state in states], 1)
             fused_nero([tensor for tensor in for_kernel if tensor is not None], group)
             rest = [i for i, tensor in enumerate(for_kernel) if tensor is None]
             form = _foreach_nero if takes_foreach(group) else _single_tensor_nero

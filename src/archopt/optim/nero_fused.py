@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from archopt.kernels import cpu
-from archopt.neurons import NeuronDim, fan_in_dims
-from archopt.optim.base import rate, statistics_like
+from archopt.neurons import NeuronDim, fan_in_dims, statistics_dtype
+from archopt.optim.base import rate
 
+STATE = ("exp_avg_sq", "scale", "step", "turn", "skipped")  # as the kernel wants it
 REMEDY = "use fused=None, which takes another form for such tensors"
 
 
@@ -31,6 +32,10 @@ def served(
                 "use fused=None"
             )
         return nothing
+    if missing := cpu.missing():
+        if fused and params:
+            _refuse(params[0], missing)
+        return nothing
     found = [_for_kernel(param, state, group) for param, state in zip(params, states, strict=True)]
     if fused:
         for param, tensor in zip(params, found, strict=True):
@@ -41,9 +46,11 @@ def served(
 
 def unserved(param: Tensor, group: dict[str, Any]) -> None:
     """Raises ValueError, with the reason, where the kernel cannot serve a weight whatever its gradient."""
-    if reason := cpu.obstacle(param):
+    memory = cpu.Memory(*_made_of(param))
+    if reason := cpu.missing() or cpu.obstacle(memory):
         _refuse(param, reason)
-    if isinstance(layout := _layout(param, group), str):
+    layout = layout_of(memory.shape, memory.strides, _axis(group), group["channel_groups"])
+    if isinstance(layout, str):
         _refuse(param, layout)
 
 
@@ -70,33 +77,73 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) 
     """What the kernel takes, or why it cannot."""
     grad = param.grad
     assert grad is not None
-    if reason := cpu.obstacle(param) or cpu.obstacle_of_gradient(param, grad):
-        return reason
-    layout = _layout(param, group)
+    v, scale, step, turn, skipped = (state[name] for name in STATE)
+    layout = _verdict(
+        _made_of(param),
+        _made_of(grad),
+        _made_of(v),
+        (scale.dtype, step.dtype, turn.dtype, skipped.dtype),
+        v.is_cpu and scale.is_cpu and step.is_cpu and turn.is_cpu and skipped.is_cpu,
+        _axis(group),
+        group["channel_groups"],
+    )
     if isinstance(layout, str):
         return layout
-    v, scale, step = state["exp_avg_sq"], state["scale"], state["step"]
-    exact = statistics_like(param)
-    if v.dtype != exact or scale.dtype != exact or step.dtype != torch.float32:
-        return f"its state is {v.dtype}, {scale.dtype} and {step.dtype}, expected {exact} and a float32 step"
-    if not (v.is_contiguous() or (v.shape == param.shape and v.stride() == param.stride())):
-        return f"its statistics have strides {v.stride()}"
-    if any(value.device.type != "cpu" for value in state.values()):
-        return "part of its state is not on the CPU"
-    return cpu.NeroTensor(param, grad, v, scale, step, state["turn"], state["skipped"], layout)
+    return cpu.obstacle_of_view(param, grad) or cpu.NeroTensor(
+        param, grad, v, scale, step, turn, skipped, layout
+    )
 
 
-def _layout(param: Tensor, group: dict[str, Any]) -> cpu.Layout | str:
-    neuron_dim = group["neuron_dim"]
-    key = neuron_dim if isinstance(neuron_dim, int) else tuple(neuron_dim)
-    return _layout_of(param.shape, param.stride(), key, group["channel_groups"])
+Parts = tuple[type, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+
+
+def _made_of(tensor: Tensor) -> Parts:
+    """The fields of `cpu.Memory`; a bare tuple, since a step makes three of them a weight."""
+    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout_of(
-    shape: torch.Size, strides: tuple[int, ...], neuron_dim: NeuronDim, channel_groups: int
+def _verdict(
+    param: Parts,
+    grad: Parts,
+    v: Parts,
+    scalars: tuple[torch.dtype, ...],
+    on_cpu: bool,
+    axis: NeuronDim,
+    channel_groups: int,
 ) -> cpu.Layout | str:
-    summed = fan_in_dims(shape, neuron_dim, channel_groups)
+    """How the kernel serves a weight with this gradient and state, or why it cannot: decided once."""
+    weight, statistics = cpu.Memory(*param), cpu.Memory(*v)
+    if reason := cpu.obstacle(weight) or cpu.obstacle_of_gradient(weight, cpu.Memory(*grad)):
+        return reason
+    exact = statistics_dtype(weight.dtype)
+    expected = (exact, exact, torch.float32, torch.float32, torch.int32)
+    for name, wanted, found in zip(STATE, expected, (statistics.dtype, *scalars), strict=True):
+        if found != wanted:
+            return f"its {name} is {found}, expected {wanted}"
+    if not on_cpu:
+        return "part of its state is not on the CPU"
+    layout = layout_of(weight.shape, weight.strides, axis, channel_groups)
+    if isinstance(layout, str):
+        return layout
+    # One statistic a neuron, in order; of entries, in the order of the weight's memory.
+    if statistics.shape == weight.shape:
+        in_order = statistics.strides == weight.strides
+    else:
+        in_order = cpu.is_contiguous(statistics)
+    return layout if in_order else f"its statistics have strides {statistics.strides}"
+
+
+def _axis(group: dict[str, Any]) -> NeuronDim:
+    neuron_dim: NeuronDim = group["neuron_dim"]
+    return neuron_dim if isinstance(neuron_dim, int) else tuple(neuron_dim)
+
+
+def layout_of(
+    shape: torch.Size, strides: tuple[int, ...], axis: NeuronDim, channel_groups: int
+) -> cpu.Layout | str:
+    """How the neurons of a weight lie in memory, or why the kernel cannot follow them."""
+    summed = fan_in_dims(shape, axis, channel_groups)
     if summed and channel_groups > 1:  # as `neurons.as_rows` splits dimension 0
         inner = shape[0] // channel_groups
         shape = torch.Size((channel_groups, inner, *shape[1:]))
