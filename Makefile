@@ -7,11 +7,14 @@ DATA   ?= $(if $(ARCHOPT_DATA),$(ARCHOPT_DATA),$(wildcard ../shared/data))
 
 export ARCHOPT_DATA := $(DATA)
 
+# What the CPU kernel is compiled from; it is built with the package, where there is a compiler.
+KERNEL := setup.py $(wildcard src/archopt/kernels/native/*)
+
 .PHONY: demo test test-long lint types format clean env
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(KERNEL)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "archopt needs Python 3.11 or newer; $$($(PYTHON) --version) found. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -37,4 +40,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info src/archopt/kernels/_native* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -90,6 +90,12 @@ def count_in_state(optimizer: Optimizer) -> Tensor:
 
 # -- Nero --------------------------------------------------------------------------------------------------
 
+FUSED_REFUSES = {
+    "memory_layout_does_not_matter/fused/*": "fused=True refuses gradients and weights that are not laid out alike",
+    "expanded_gradient_is_read/fused": "fused=True refuses a gradient that is not laid out as its weight",
+    "compiled_step_equals_eager/fused/*": "fused=True refuses a step that is compiled: its compiler fuses it",
+    "step_runs_on_a_pretended_accelerator/fused": "fused=True has a kernel for the CPU alone",
+}
 NERO_REFUSES = (("beta", 1.0), ("beta", -0.1), ("beta", float("nan")))
 
 
@@ -106,6 +112,8 @@ def nero(label: str, **known: Any) -> Configuration:
         reports=("mean_turn",),
         option="neuron_dim",
         out_of_range=NERO_REFUSES,
+        forms=tuple(FORMS),
+        exempt=FUSED_REFUSES,
         **known,
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from archopt import kernels
 from configurations import CONFIGURATIONS, Configuration
 from contract.behaviours import BEHAVIOURS, Behaviour
 
@@ -47,6 +48,8 @@ def cases(family: str) -> list[Any]:
     Of costly behaviours, options other than the default take the first variant alone (they are not compiled twice).
     """
     found = []
+    kernel = kernels.status()["cpu"]
+    without_kernel = pytest.mark.skipif(not kernel.available, reason=f"no CPU kernel: {kernel.detail}")
     for configuration in CONFIGURATIONS:
         for behaviour in BEHAVIOURS.values():
             if behaviour.family != family or not behaviour.applies(configuration):
@@ -57,6 +60,8 @@ def cases(family: str) -> list[Any]:
                     continue
                 case = case_of(behaviour, form, variant)
                 marks = [] if is_quick(behaviour, configuration, form, variant) else [pytest.mark.slow]
+                if "fused" in form:
+                    marks.append(without_kernel)
                 if reason := configuration.exemption(case):
                     marks.append(pytest.mark.xfail(reason=reason, strict=True))
                 make, name = configuration.in_form(form), f"{configuration.label}/{case}"

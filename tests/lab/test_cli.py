@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from archopt import kernels
 from archopt.lab import cli
 from archopt.lab.cli import BAD_INPUT, COMMANDS, DONE, RUN_FAILED, STOPPED, main
 from archopt.lab.errors import RecordError
@@ -234,6 +235,11 @@ def test_the_list_names_everything(capsys):
     said = capsys.readouterr().out
     for name in ("digits", "mnist-mlp100", "nero-roles", "madam-cs", "muon", "archopt data fetch mnist"):
         assert name in said
+    assert (
+        "torch's OpenMP threads" in said
+        or "threads of its own" in said
+        or not kernels.status()["cpu"].available
+    )
     assert main(["data", "list"]) == DONE
     assert "CC BY 4.0" in capsys.readouterr().out
 

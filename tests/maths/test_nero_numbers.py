@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from archopt import kernels
 from archopt.optim.nero import Nero
 from reference.nero import NeroReference
 from reference.trajectories import (
@@ -14,7 +15,10 @@ from reference.trajectories import (
     worked_example,
 )
 
-FORMS = pytest.mark.parametrize("foreach", [False, True], ids=["plain", "foreach"])
+FORMS = {"plain": {"foreach": False}, "foreach": {"foreach": True}}
+if kernels.status()["cpu"].available:  # tests/kernels says so where it is not
+    FORMS["fused"] = {"fused": True}
+in_each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 BIASES = (
     "0.298333333333 -0.198333333333 0",
@@ -66,11 +70,11 @@ EXAMPLES = {
 }
 
 
-@FORMS
+@in_each_form
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_worked_example(name: str, foreach: bool) -> None:
+def test_worked_example(name: str, form: dict[str, bool]) -> None:
     options, scale, expected = EXAMPLES[name]
-    optimizer, weight, bias, ws, bs = worked_example(lambda p: Nero(p, lr=0.01, foreach=foreach, **options))
+    optimizer, weight, bias, ws, bs = worked_example(lambda p: Nero(p, lr=0.01, **form, **options))
     for w, text in zip(ws, expected, strict=True):
         assert_close(w, text)
     for b, text in zip(bs[1:], BIASES, strict=True):
@@ -81,9 +85,9 @@ def test_worked_example(name: str, foreach: bool) -> None:
     assert_close(optimizer.state[bias]["exp_avg_sq"], "0.00020994001 0.00013981009 0.0000124975")
 
 
-@FORMS
-def test_worked_example_with_beta_of_a_tenth(foreach: bool) -> None:
-    optimizer, weight, bias, ws, bs = worked_example(lambda p: Nero(p, lr=0.01, beta=0.9, foreach=foreach))
+@in_each_form
+def test_worked_example_with_beta_of_a_tenth(form: dict[str, bool]) -> None:
+    optimizer, weight, bias, ws, bs = worked_example(lambda p: Nero(p, lr=0.01, beta=0.9, **form))
     assert_close(ws[2], EXAMPLES["N1 both constraints"][2][2])
     assert_close(
         ws[3], "0.295323029465 0.511571548152 -0.806894577618 -0.113722502924 -0.643353282982 0.757075785906"
@@ -94,12 +98,12 @@ def test_worked_example_with_beta_of_a_tenth(foreach: bool) -> None:
     assert_close(optimizer.state[bias]["exp_avg_sq"], "0.02041 0.01219 0.001225")
 
 
-@FORMS
-def test_worked_example_of_mixed_shapes(foreach: bool) -> None:
+@in_each_form
+def test_worked_example_of_mixed_shapes(form: dict[str, bool]) -> None:
     conv = parameter([[[[1, -1]], [[2, 0]]], [[[0.5, 0.5]], [[-1.5, 1]]]])
     gain, shift, scalar = parameter([1, 1]), parameter([0, 0]), parameter(0.5)
     params = [conv, gain, shift, scalar]
-    optimizer = Nero(params, lr=0.01, foreach=foreach)
+    optimizer = Nero(params, lr=0.01, **form)
     assert_close(
         conv,
         "0.223606797750 -0.670820393250 0.670820393250 -0.223606797750"
@@ -135,10 +139,10 @@ def test_worked_example_of_mixed_shapes(foreach: bool) -> None:
         assert_close(optimizer.state[param]["scale"], scale)
 
 
-@FORMS
-def test_first_step_turns_a_row_by_arctan_of_lr(foreach: bool) -> None:
+@in_each_form
+def test_first_step_turns_a_row_by_arctan_of_lr(form: dict[str, bool]) -> None:
     weight = parameter([[1.0, -1.0, 0.0, 0.0]])
-    optimizer = Nero([weight], lr=0.01, foreach=foreach)
+    optimizer = Nero([weight], lr=0.01, **form)
     before = weight.detach().clone()
     weight.grad = torch.tensor([[0.0, 0.0, 0.5**0.5, -(0.5**0.5)]], dtype=torch.float64)
     optimizer.step()
@@ -155,8 +159,9 @@ def test_random_trajectory_equals_the_float64_reference(
     options = {"beta": beta, "zero_mean": zero_mean, "unit_norm": unit_norm}
     weights = initial_weights(seed=0)
     follow(
-        lambda params, foreach: Nero(params, foreach=foreach, **options),
+        lambda params, **form: Nero(params, **form, **options),
         NeroReference(weights, **options),
         weights,
         gradients_of(seed=0),
+        forms=FORMS,
     )

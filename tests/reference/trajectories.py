@@ -5,7 +5,7 @@ varies and is zero once, tensors go without gradient, rows have none, and one ro
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 STEPS = 60
 SHAPES = ((), (5,), (4,), (4, 6), (3, 4, 5), (3, 2, 3, 2), (2, 3, 2, 2, 2))
 ZERO = 2  # which of them starts at zero
+PLAIN_AND_FOREACH = {"plain": {"foreach": False}, "foreach": {"foreach": True}}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 # The example of the worked numbers: W0, b0 and three gradients of each.
@@ -108,26 +109,27 @@ def follow(
     *,
     by_row: bool = True,
     pause: bool = True,
+    forms: Mapping[str, Mapping[str, bool]] = PLAIN_AND_FOREACH,
 ) -> None:
-    """Steps `make(params, foreach=...)`, both forms in float64 and float32, beside a reference.
+    """Steps `make(params, **form)`, all forms in float64 and float32, beside a reference.
 
     After each step the weights are compared, to a fraction of each row's norm, or of the tensor's.
     """
     runs = []
     for dtype in TOLERANCE:
-        for foreach in (False, True):
+        for name, form in forms.items():
             params = [parameter(w, dtype) for w in weights]
-            runs.append((dtype, foreach, params, make(params, foreach=foreach)))
+            runs.append((dtype, name, params, make(params, **form)))
     for t, (lr, step) in enumerate(zip(rates(pause), gradients, strict=True)):
         reference.step(step, lr)
         expected = reference.weights
-        for dtype, foreach, params, optimizer in runs:
+        for dtype, name, params, optimizer in runs:
             for param, gradient in zip(params, step, strict=True):
                 param.grad = None if gradient is None else gradient.to(dtype)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-            label = f"step {t + 1}, {dtype}, {'foreach' if foreach else 'plain'}"
+            label = f"step {t + 1}, {dtype}, {name}"
             for param, weight in zip(params, expected, strict=True):
                 assert_near(param.detach().double(), weight, TOLERANCE[dtype], by_row, label)
 

@@ -15,7 +15,7 @@ from archopt.optim.base import nearest
 DONE, RUN_FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 
 COMMANDS = {
-    "list": "the workloads, the optimisers and the data sets that there are",
+    "list": "the workloads, the optimisers, the kernels and the data sets that there are",
     "train": "train one workload with one optimiser",
     "compare": "train optimisers side by side over learning rates and seeds, and draw the page",
     "reproduce": "train all experiments of a paper and draw its page",

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 from tyro.conf import Positional, arg
 
+from archopt import kernels
 from archopt.lab import options
 from archopt.lab.calls import folder_name, parse_call, split_list
 from archopt.lab.comparisons import COMPARISONS, NamedComparison, at_rates, spelled
@@ -476,8 +477,8 @@ class List:
 def list_command(args: list[str]) -> int:
     """`archopt list`: what there is to train, with what, and on what data."""
     text = (
-        "Lists the workloads, the published comparisons, the optimisers and the data sets, and says which of them "
-        "can be used here."
+        "Lists the workloads, the published comparisons, the optimisers, the kernels and the data sets, and says "
+        "which of them can be used here."
     )
     asked = options.parse(List, args, prog="archopt list", description=text)
     console = Console()
@@ -499,6 +500,7 @@ def list_command(args: list[str]) -> int:
         optimizers.add_row(entry.name, escape(what), rate)
     optimizers.add_row("package.module:Class", "any torch optimiser; also ./file.py:Class", "its own")
     console.print(optimizers)
+    console.print(_kernel_table())
     console.print(_data_table(asked.data))
     return 0
 
@@ -507,6 +509,13 @@ def _table(*titles: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for title in titles:
         table.add_column(title, overflow="fold")
+    return table
+
+
+def _kernel_table() -> Table:
+    table = _table("kernel", "here", "with what, or why not")
+    for name, (available, detail) in kernels.status().items():
+        table.add_row(name, "yes" if available else "no", escape(detail))
     return table
 
 

@@ -310,12 +310,14 @@ def check_flags(rule: str, group: dict[str, Any], *names: str) -> None:
             raise TypeError(f"{rule}: {name}={group[name]!r}, expected True or False")
 
 
-def check_forms(rule: str, group: dict[str, Any]) -> None:
+def check_forms(rule: str, group: dict[str, Any], *, has_fused: bool = False) -> None:
     """Refuses forms of a rule that cannot be honoured, with the reason."""
-    if group["fused"]:
+    if group["fused"] and not has_fused:
         raise ValueError(
             f"{rule}: fused=True, but this version has no fused form; use fused=None or foreach=True"
         )
+    if group["fused"] and group["foreach"]:
+        raise ValueError(f"{rule}: fused=True and foreach=True are two forms, expected at most one of them")
     check_flags(rule, group, "maximize", "capturable")
 
 

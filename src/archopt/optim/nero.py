@@ -34,6 +34,7 @@ from archopt.optim.base import (
     statistics_like,
     takes_foreach,
 )
+from archopt.optim.nero_fused import fused_nero, served, unserved
 from archopt.roles import Role, group_by_treatment, parameter_roles
 
 DEFAULT_LR = 0.01  # 2102.07227, section 5: the one value that the paper uses out of the box
@@ -87,9 +88,10 @@ class Nero(ArchOptimizer):
         channel_groups: groups of a grouped transposed convolution, whose dimension 0 is split first.
         roles: overrides for a module, pattern of a parameter's name -> role (see `parameter_roles`).
         maximize: ascend instead.
-        foreach: batch operations over tensors; None chooses it (faster on CPU and GPU, but it holds a
-            temporary the size of the gradients; False does not).
-        fused: no fused form yet; True is refused.
+        foreach: batch operations over tensors; None chooses them where no kernel serves (faster on CPU and GPU,
+            but they hold a temporary the size of the gradients; False does not).
+        fused: one call of a kernel for all tensors (`archopt.kernels.status`; CPU alone so far). None, with
+            foreach=None, takes it for every tensor that it serves. True refuses the others, with the reason.
         capturable: keep the step counts on the device, for CUDA graphs.
 
     Constructing Nero projects the weights that it constrains (rows that are balanced already keep their bits).
@@ -162,11 +164,13 @@ class Nero(ArchOptimizer):
         check_range("Nero", "beta", group["beta"], low=0.0, high=1.0)
         check_range("Nero", "channel_groups", group["channel_groups"], low=1)
         check_flags("Nero", group, "zero_mean", "unit_norm")
-        check_forms("Nero", group)
+        check_forms("Nero", group, has_fused=True)
         for item in group["params"]:
             param = item[1] if isinstance(item, tuple) else item
             if isinstance(param, Tensor):
                 _dims(param, group)
+                if group["fused"] and param.requires_grad and param.numel() > 0:
+                    unserved(param, group)
 
     def _constrain_group(self, group: dict[str, Any]) -> None:
         for param in self._trainable(group):
@@ -197,15 +201,18 @@ class Nero(ArchOptimizer):
         super()._create_state()
 
     def _update(self) -> None:
-        for group in self.param_groups:
+        work = []
+        for group in self.param_groups:  # all of them first: a refusal must come before anything moves
             params = [p for p in self._trainable(group) if p.grad is not None]
-            if not params:
-                continue
             states = [self.state[p] for p in params]
-            for state in states:
-                state["step"] += 1
+            work.append((group, params, states, served(params, states, group)))
+        for group, params, states, for_kernel in work:
+            if params:
+                torch._foreach_add_([state["step"] for state in states], 1)
+            fused_nero([tensor for tensor in for_kernel if tensor is not None], group)
+            rest = [i for i, tensor in enumerate(for_kernel) if tensor is None]
             form = _foreach_nero if takes_foreach(group) else _single_tensor_nero
-            form(params, states, group)
+            form([params[i] for i in rest], [states[i] for i in rest], group)
 
 
 def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:

@@ -15,10 +15,12 @@ FORMS: dict[str, dict[str, bool]] = {
     "default": {},
     "plain": {"foreach": False},
     "foreach": {"foreach": True},
+    "fused": {"fused": True},
     "capturable": {"capturable": True},
     "plain capturable": {"foreach": False, "capturable": True},
+    "foreach capturable": {"foreach": True, "capturable": True},
 }
-EAGER = ("default", "plain", "foreach")
+EAGER = ("default", "plain", "foreach", "fused")
 DEFAULT = ("default",)
 
 

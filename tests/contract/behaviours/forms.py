@@ -29,7 +29,7 @@ from contract.behaviours.problems import (
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@behaviour(forms=("default", "foreach", "capturable", "plain capturable"), dtype=tuple(TOLERANCES))
+@behaviour(forms=tuple(form for form in FORMS if form != "plain"), dtype=tuple(TOLERANCES))
 def form_equals_plain(make: Any, *, dtype: torch.dtype) -> None:
     """Every form follows the plain one over 12 steps of varying rate, missing gradients and zero rows."""
     model, twin = model_for(make, dtype), model_for(make, dtype)
@@ -47,7 +47,7 @@ def form_equals_plain(make: Any, *, dtype: torch.dtype) -> None:
     assert_close(theirs, finite, TOLERANCES[dtype], f"state in {dtype}")
 
 
-@behaviour(forms=("default", "foreach"), applies=lambda make: make.takes == "parameters")
+@behaviour(forms=("default", "foreach", "fused"), applies=lambda make: make.takes == "parameters")
 def mixed_types_share_a_group(make: Any) -> None:
     """A group of float32, bfloat16 and float64 weights steps as three groups do."""
     nets = [nn.ModuleList(model_for(make, dtype) for dtype in TOLERANCES) for _ in range(2)]
