@@ -45,18 +45,6 @@ def test_changing_pictures_takes_less_than_ten_percent_of_a_step(tmp_path: Path)
     assert min(shares) < LIMIT_OF_PICTURES
 
 
-@pytest.mark.data
-def test_the_program_of_agd_spends_less_than_ten_percent_of_a_step_outside_of_it(tmp_path: Path):
-    """On its default network, which is so small that batches and measuring decide it."""
-    choice = WorkloadChoice("classify", "small", {"train_images": 3200, "test_images": 100, "epochs": 1})
-    experiment = open_experiment(choice, real_data("cifar10-half").path, torch.device("cpu"))
-    shares = []
-    while (not shares or shares[-1] >= LIMIT_OF_PICTURES) and len(shares) < 6:
-        result = run(tmp_path / str(len(shares)), experiment, optimizer="agd-paper", lr=None)
-        shares.append(result["overhead_share"])
-    assert min(shares) < LIMIT_OF_PICTURES
-
-
 def test_no_moment_of_a_step_is_lost_or_counted_twice(monkeypatch):
     moments = iter(range(100))
     monkeypatch.setattr("archopt.lab.measure.perf_counter", lambda: float(next(moments)))
