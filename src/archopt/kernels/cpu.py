@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 INTERFACE = 1  # of the library; native/nero.c has the same number
 BUILD = (
-    "install archopt again with gcc or clang at hand (pip's --force-reinstall --no-cache-dir --no-deps), or in a clone "
-    "run python setup.py build_ext --inplace"
+    "install archopt again with gcc or clang at hand (pip's --force-reinstall --no-cache-dir --no-deps), or run "
+    "python setup.py build_ext --inplace in a clone"
 )
 
 FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -52,7 +52,7 @@ def _library() -> _Library | str:
     """The library, or why there is none."""
     files = sorted(Path(__file__).parent.glob("_native*"))
     if not files:
-        return f"not built: archopt was installed where no C compiler was found, or none that could build it; {BUILD}"
+        return f"not built: no C compiler was found when archopt was installed, or it failed; {BUILD}"
     try:
         library = ctypes.CDLL(str(files[0]))
         interface = library.archopt_interface()
