@@ -223,12 +223,10 @@ def nero(
     zero_mean: bool,
     unit_norm: bool,
     maximize: bool,
-    instructions: int | None = None,
 ) -> None:
     """Nero's step for all tensors, in place; `step` is advanced already.
 
-    `instructions` is the position of an instruction set in those of the processor, None the best one. The result is
-    the same to the bit for all of them, and for every number of threads.
+    It takes the best instruction set of the processor and torch's number of threads; neither changes a bit.
 
     Raises RuntimeError where the library is not there (see `status`) and MemoryError.
     """
@@ -249,7 +247,7 @@ def nero(
         zero_mean,
         unit_norm,
         maximize,
-        len(library.instructions) - 1 if instructions is None else instructions,
+        len(library.instructions) - 1,
         torch.get_num_threads(),
         library.parallel,
     )
