@@ -26,4 +26,8 @@ kernel = Extension(
 )
 
 # Microsoft's compiler has not the vector types that the kernel is written in.
-setup(ext_modules=[] if sys.platform == "win32" else [kernel])
+setup(
+    ext_modules=[] if sys.platform == "win32" else [kernel],
+    # The library knows nothing of Python: one wheel serves every version from 3.11 on.
+    options={} if sys.platform == "win32" else {"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 INTERFACE = 1  # of the library; native/nero.c has the same number
 BUILD = (
-    "pip install --force-reinstall --no-cache-dir --no-deps archopt, with a C compiler (gcc or clang) at hand"
+    "install archopt again with gcc or clang at hand (pip's --force-reinstall --no-cache-dir --no-deps), or run "
+    "python setup.py build_ext --inplace in a clone"
 )
 
 FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -51,7 +52,7 @@ def _library() -> _Library | str:
     """The library, or why there is none."""
     files = sorted(Path(__file__).parent.glob("_native*"))
     if not files:
-        return f"not built: no C compiler was found when archopt was installed; {BUILD}"
+        return f"not built: no C compiler was found when archopt was installed, or it failed; {BUILD}"
     try:
         library = ctypes.CDLL(str(files[0]))
         interface = library.archopt_interface()
@@ -222,12 +223,10 @@ def nero(
     zero_mean: bool,
     unit_norm: bool,
     maximize: bool,
-    instructions: int | None = None,
 ) -> None:
     """Nero's step for all tensors, in place; `step` is advanced already.
 
-    `instructions` is the position of an instruction set in those of the processor, None the best one. The result is
-    the same to the bit for all of them, and for every number of threads.
+    It takes the best instruction set of the processor and torch's number of threads; neither changes a bit.
 
     Raises RuntimeError where the library is not there (see `status`) and MemoryError.
     """
@@ -248,7 +247,7 @@ def nero(
         zero_mean,
         unit_norm,
         maximize,
-        len(library.instructions) - 1 if instructions is None else instructions,
+        len(library.instructions) - 1,
         torch.get_num_threads(),
         library.parallel,
     )
