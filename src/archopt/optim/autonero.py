@@ -16,7 +16,6 @@ from archopt.optim.autonero_rule import (
     THETA_RANGE,
     Feedback,
     Rows,
-    feature_norm,
     feedback_update,
     rows_update,
     vector_update,
@@ -408,7 +407,7 @@ class AutoNero(ArchOptimizer):
                 family=group["family"],
                 method=group["orthogonalise"],
                 exponent=group["radius_exponent"],
-                features=self._features(batch, past, grad, t, group, f) if _steps_plainly(group) else None,
+                bias_sq=self._bias_squares(batch, group, f, exact) if _steps_plainly(group) else None,
                 gain=group["head_gain"],
             )
         else:
@@ -423,22 +422,22 @@ class AutoNero(ArchOptimizer):
             target.copy_(value)
         return expected
 
-    def _features(
-        self, heads: list[Tensor], past: Rows, grad: Tensor, t: Tensor, group: dict[str, Any], f: Tensor
+    def _bias_squares(
+        self, heads: list[Tensor], group: dict[str, Any], f: Tensor, exact: torch.dtype
     ) -> Tensor:
-        """h of some heads, `(heads, 1, 1, 1)`, with the squares of the gradients of this step in it."""
+        """||s of the bias||^2 of some heads, with this step in it: `(heads, 1, 1, 1)`, 0 without a bias."""
         beta2, named = group["beta2"], dict(self._named_params())
         names = {param: name for name, param in named.items()}
-        squares = past.exp_avg_sq.lerp(row_norm(grad, (-1,)).square(), 1 - beta2) / bias_correction(beta2, t)
         told = []
-        for head, square in zip(heads, squares, strict=True):
+        for head in heads:
             bias = named.get(_bias_name(names.get(head, "")))
-            bias_sq = None
-            if bias is not None and bias.grad is not None and bias.numel() == square.numel():
-                state = self.state[bias]
-                now = (bias.grad.to(state["exp_avg_sq"]) * f).square()
-                bias_sq = state["exp_avg_sq"].lerp(now, 1 - beta2) / bias_correction(beta2, state["step"] + 1)
-            told.append(feature_norm(square, bias_sq, past.weight.size(-1)))
+            if bias is None or bias.grad is None or bias.numel() != self.state[head]["radius"].numel():
+                told.append(torch.zeros((), dtype=exact, device=head.device))
+                continue
+            state = self.state[bias]
+            now = (bias.grad.to(state["exp_avg_sq"]) * f).square()
+            square = state["exp_avg_sq"].lerp(now, 1 - beta2) / bias_correction(beta2, state["step"] + 1)
+            told.append(square.sum().to(exact))
         return torch.stack(told).reshape(-1, 1, 1, 1)
 
     def _named_params(self) -> Iterator[tuple[str, Tensor]]:

@@ -27,7 +27,6 @@ h is how long the features are that a head reads, as gradients tell: the gradien
 the bias times the features, so h = ||s|| / ||s of the bias||, norms over the rows; sqrt(fan_in), features of RMS 1,
 where there is no bias. So a step changes an output by up to about K theta.
 
-
 theta begins at initial_theta, or at 1/(2L) with L matrices where that is less, and doubles at each step in which
 initial_theta 2^(t-1) < 0.01.
 
@@ -144,21 +143,22 @@ def rows_update(
     family: str,
     method: str,
     exponent: float,
-    features: Tensor | None,
+    bias_sq: Tensor | None,
     gain: float,
 ) -> tuple[Rows, Tensor]:
     """One step of the rows of a matrix: returns the new rows and sum <gh, d>.
 
     A row keeps its bits where lr, its direction or s is zero. A *young* row, which had norm 0 at the start, takes
     plain steps -theta u, with R = 1 in u (sqrt(fan_in) in an embedding), and R follows its norm until that reaches
-    `grows_to`. exponent: of the radius, 1 in the equation above. features: h, one a tensor, where rows are those of
-    a head that takes plain steps; gain: its K.
+    `grows_to`. exponent: of the radius, 1 in the equation above. bias_sq: where rows are those of a head that takes
+    plain steps, ||s of the bias||^2, one a tensor, 0 without a bias; gain: its K.
     """
     w, m, v, _, R, grows_to = past
     m = m.lerp(grad, 1 - beta)
     v = v.lerp(row_norm(grad, FAN_IN).square(), 1 - beta2)
     gh = m / bias_correction(beta, step).to(m.dtype)
-    s = (v / bias_correction(beta2, step).to(v.dtype)).sqrt()
+    square = v / bias_correction(beta2, step).to(v.dtype)
+    s = square.sqrt()
 
     young = grows_to > 0
     direction = orthogonalise(gh, method) if family == "hidden" else gh
@@ -167,8 +167,9 @@ def rows_update(
     moves = (length > 0) & (s > 0) & (angle != 0)
     reach = torch.where(young, w.size(-1) ** 0.5 if family == "embedding" else 1.0, R)
     plain = young
-    if features is not None:
-        reach, plain = gain / features.clamp(min=LEAST_FEATURES), torch.ones_like(young)
+    if bias_sq is not None:
+        h = feature_norm(square, bias_sq, w.size(-1))
+        reach, plain = gain / h.clamp(min=LEAST_FEATURES), torch.ones_like(young)
     stepped = w - angle * reach / nonzero(length) * direction
     norm = row_norm(stepped, FAN_IN)
     moves = moves & (norm > 0)
@@ -184,16 +185,14 @@ def rows_update(
     return Rows(new_weight, m, v, d, new_radius, still_growing), (gh * d).sum()
 
 
-def feature_norm(weight_sq: Tensor, bias_sq: Tensor | None, fan_in: int) -> Tensor:
-    """h, the norm of the features that a head reads, from running squares of the gradients of its rows and bias.
+def feature_norm(weight_sq: Tensor, bias_sq: Tensor, fan_in: int) -> Tensor:
+    """h, the norm of the features that a head reads: (tensors, 1, 1, 1).
 
-    Both bias-corrected, any shapes. Without a bias, or where its gradients are all zero, sqrt(fan_in).
+    weight_sq: s^2 of the rows, (tensors, blocks, rows, 1). bias_sq: ||s of the bias||^2, (tensors, 1, 1, 1); where
+    it is 0, as without a bias, h is sqrt(fan_in).
     """
-    usual = torch.full((), fan_in**0.5, dtype=weight_sq.dtype, device=weight_sq.device)
-    if bias_sq is None:
-        return usual
-    told = bias_sq.to(weight_sq).sum()
-    return torch.where(told > 0, (weight_sq.sum() / nonzero(told)).sqrt(), usual)
+    told = (weight_sq.sum((1, 2, 3), keepdim=True) / nonzero(bias_sq)).sqrt()
+    return torch.where(bias_sq > 0, told, fan_in**0.5)
 
 
 def vector_update(
