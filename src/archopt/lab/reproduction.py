@@ -22,7 +22,7 @@ from archopt.lab.experiment import WorkloadChoice, make_workload, workload_class
 from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.plan import Plan, RunSpec, plan_runs
 from archopt.lab.record import FORMAT, explained, identity, stored_result, write_json
-from archopt.lab.sweep import Follower, Outcome, sweep
+from archopt.lab.sweep import Follower, Outcome, check_jobs, run_planned
 from archopt.lab.train import Settings
 
 REPRODUCTION = "reproduction.json"
@@ -170,6 +170,7 @@ def reproduce(request: Request, follower: Follower, said: Callable[[str], None])
     A part whose data or packages are missing is left out, and the record says why. Raises LabError for an unknown
     part, RecordError where records cannot be written or are of other runs, KeyboardInterrupt as `sweep` does.
     """
+    check_jobs(request.jobs)
     wanted = _wanted(request)
     planned, refused = [], {}
     for part in wanted:
@@ -186,12 +187,7 @@ def reproduce(request: Request, follower: Follower, said: Callable[[str], None])
     for stage, seeds in _stages(planned):
         said(f"{stage.part.name}, {_seeds_in_words(seeds)}")
         _share(stage, planned)
-        done = sweep(stage.plan, follower, seeds)
-        total.finished += done.finished
-        total.diverged += done.diverged
-        total.failed += done.failed
-        total.skipped += done.skipped
-        total.errors += done.errors
+        run_planned(stage.plan, stage.specs, follower, total, seeds)
     return total
 
 

@@ -200,22 +200,40 @@ class _Crew:
             member.connection.close()
 
 
-def sweep(plan: Plan, follower: Follower, seeds: Sequence[int] | None = None) -> Outcome:
-    """Does all runs of a comparison that have not ended yet; only those of `seeds` where these are given.
-
-    Where some seeds tune, they must have run when others are asked for.
+def sweep(plan: Plan, follower: Follower) -> Outcome:
+    """Does all runs of a comparison that have not ended yet.
 
     Raises LabError and DataError as `plan_runs` does, RecordError where records cannot be written (finished runs
     are kept), and KeyboardInterrupt after the workers have written their checkpoints.
     """
-    if plan.jobs is not None and plan.jobs < 1:
-        raise LabError(f"--jobs {plan.jobs}, expected at least 1")
-    specs, outcome = plan_runs(plan), Outcome()
+    check_jobs(plan.jobs)
+    outcome = Outcome()
+    run_planned(plan, plan_runs(plan), follower, outcome)
+    return outcome
+
+
+def check_jobs(jobs: int | None) -> None:
+    """Raises LabError for a number of workers that is none."""
+    if jobs is not None and jobs < 1:
+        raise LabError(f"--jobs {jobs}, expected at least 1")
+
+
+def run_planned(
+    plan: Plan,
+    specs: Sequence[RunSpec],
+    follower: Follower,
+    outcome: Outcome,
+    seeds: Sequence[int] | None = None,
+) -> None:
+    """Does those of the runs that `plan_runs` gave that have not ended yet, and adds how they ended to `outcome`.
+
+    Only those of `seeds` where these are given; where some seeds tune, they must have run when others are asked
+    for. Raises RecordError and KeyboardInterrupt as `sweep`.
+    """
     wanted = frozenset(plan.seeds if seeds is None else seeds)
     _do(plan, [spec for spec in tuning_runs(plan, specs) if spec.seed in wanted], follower, outcome)
     if plan.tuning_seeds:
         _do(plan, [spec for spec in remaining_runs(plan, specs) if spec.seed in wanted], follower, outcome)
-    return outcome
 
 
 def _do(plan: Plan, specs: Sequence[RunSpec], follower: Follower, outcome: Outcome) -> None:

@@ -17,8 +17,6 @@ from archopt.lab.record import identity
 from archopt.lab.watcher import Watcher
 from archopt.optim.base import nearest
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-"""The trackers by name, with the package that each needs."""
 PROJECT = "archopt"
 
 
@@ -72,16 +70,17 @@ class WeightsAndBiases:
 
 
 KINDS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+"""The trackers by name, which is also that of the package that each needs."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises LabError for a tracker that is not known or whose package is missing."""
     for name in names:
-        if name not in PACKAGES:
-            hint = nearest(name, PACKAGES)
-            raise LabError(f"--log {name!r}: no such tracker{hint} (there are {', '.join(PACKAGES)})")
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise LabError(f"--log {name} needs the package {PACKAGES[name]}: pip install 'archopt[logging]'")
+        if name not in KINDS:
+            hint = nearest(name, KINDS)
+            raise LabError(f"--log {name!r}: no such tracker{hint} (there are {', '.join(KINDS)})")
+        if importlib.util.find_spec(name) is None:
+            raise LabError(f"--log {name} needs the package {name}: pip install 'archopt[logging]'")
 
 
 def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """VGG for 32 x 32 pixels as AGD's paper (2304.05187) trains it: BatchNorm, one linear layer, no vectors."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
-from archopt.lab.models.vgg import LAYERS, POOL
+from archopt.lab.models.vgg import convolutions
 
 
 class BareVGG(nn.Module):
@@ -14,20 +16,7 @@ class BareVGG(nn.Module):
 
     def __init__(self, depth: int = 16, width: int = 64, classes: int = 10) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for multiple in LAYERS[depth]:
-            if multiple == POOL:
-                layers.append(nn.MaxPool2d(2))
-                continue
-            filters = multiple * width
-            layers += [
-                nn.Conv2d(channels, filters, 3, padding=1, bias=False),
-                nn.BatchNorm2d(filters, affine=False),
-                nn.ReLU(),
-            ]
-            channels = filters
-        self.features = nn.Sequential(*layers)
+        self.features, channels = convolutions(depth, width, partial(nn.BatchNorm2d, affine=False))
         self.head = nn.Linear(channels, classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """VGG for 32 x 32 pixels, after Simonyan and Zisserman 2014 (arXiv:1409.1556), as Nero's paper trains it."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 POOL = 0
@@ -12,6 +14,28 @@ LAYERS: dict[int, tuple[int, ...]] = {
 """By depth: the channels of each convolution, in multiples of the width; a 2 x 2 max-pooling."""
 HIDDEN = 64
 """The two hidden linear layers, in multiples of the width: 4,096 at width 64."""
+
+
+def convolutions(
+    depth: int, width: int, norm: Callable[[int], nn.Module] | None
+) -> tuple[nn.Sequential, int]:
+    """3 x 3 convolutions without biases and ReLU, five times halved, and the channels of the last.
+
+    norm: what stands before each ReLU, by its channels.
+    """
+    layers: list[nn.Module] = []
+    channels = 3
+    for multiple in LAYERS[depth]:
+        if multiple == POOL:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        filters = multiple * width
+        layers.append(nn.Conv2d(channels, filters, 3, padding=1, bias=False))
+        if norm is not None:
+            layers.append(norm(filters))
+        layers.append(nn.ReLU())
+        channels = filters
+    return nn.Sequential(*layers), channels
 
 
 class VGG(nn.Module):
@@ -31,19 +55,7 @@ class VGG(nn.Module):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for multiple in LAYERS[depth]:
-            if multiple == POOL:
-                layers.append(nn.MaxPool2d(2))
-                continue
-            filters = multiple * width
-            layers.append(nn.Conv2d(channels, filters, 3, padding=1, bias=False))
-            if batch_norm:
-                layers.append(nn.BatchNorm2d(filters))
-            layers.append(nn.ReLU())
-            channels = filters
-        self.features = nn.Sequential(*layers)
+        self.features, channels = convolutions(depth, width, nn.BatchNorm2d if batch_norm else None)
         hidden = HIDDEN * width
         self.classifier = nn.Sequential(
             nn.Linear(channels, hidden),
