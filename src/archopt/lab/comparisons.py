@@ -129,6 +129,43 @@ def _agd(workload: str, agd: float, **others: float) -> tuple[Reading, ...]:
     return tuple(Reading(workload, optimizer, None, mean) for optimizer, mean in means.items())
 
 
+def _benchmark(
+    name: str,
+    on: str,
+    figure: str,
+    workload: str,
+    lrs: tuple[float, ...] = DECADES,
+    metric: str = "",
+    **readings: tuple[float, float, float],
+) -> NamedComparison:
+    """The comparison that Nero's paper makes on every task, with its readings as `_means` has them."""
+    return NamedComparison(
+        name=name,
+        summary=f"Nero, SGD, Adam and LAMB {on}",
+        source=f"{NERO}, {figure}",
+        workloads=(workload,),
+        optimizers=BENCHMARK,
+        lrs=lrs,
+        published=_means(workload, metric, **readings),
+    )
+
+
+def _agd_against_tuned(
+    name: str, network: str, data: str, workload: str, *, agd: float, adam: float
+) -> NamedComparison:
+    """One network of the main comparison of AGD's paper."""
+    return NamedComparison(
+        name=name,
+        summary=f"AGD and tuned Adam on {network}",
+        source=f"{AGD}, the main comparison on {data}",
+        workloads=(workload,),
+        optimizers=("agd-paper", "adam", "sgd"),
+        lrs=TUNED,
+        published=_agd(workload, agd, adam=adam),
+        paper_options={"epochs": 2000},
+    )
+
+
 COMPARISONS = {
     known.name: known
     for known in (
@@ -164,37 +201,28 @@ COMPARISONS = {
             published=(Reading(CWN, "adam", 0.01, 0.99240), Reading(CWN_100, "adam", 0.01, 0.92214)),
             tuning_seeds=None,
         ),
-        NamedComparison(
-            name="depth",
-            summary="Nero, SGD, Adam and LAMB on 100 layers without normalisation or skips",
-            source=f"{NERO}, figure 3, right",
-            workloads=("mnist-mlp100",),
-            # LAMB's and Adam's first moment is at its usual 0.9 here alone (spec 10).
-            optimizers=BENCHMARK,
+        _benchmark(
+            "depth",
+            "on 100 layers without normalisation or skips",
+            "figure 3, right",
+            "mnist-mlp100",
             lrs=DECADES[:-1],
-            published=_means(
-                "mnist-mlp100",
-                nero=(0.001, 0.93247, 0.04284),
-                sgd=(0.1, 0.112367, 0.0),
-                adam=(0.001, 0.112367, 0.0),
-                lamb=(0.01, 0.69912, 0.0222),
-            ),
+            # LAMB's and Adam's first moment is at its usual 0.9 here alone (spec 10).
+            nero=(0.001, 0.93247, 0.04284),
+            sgd=(0.1, 0.112367, 0.0),
+            adam=(0.001, 0.112367, 0.0),
+            lamb=(0.01, 0.69912, 0.0222),
         ),
-        NamedComparison(
-            name="gan",
-            summary="Nero, SGD, Adam and LAMB for both networks of a class-conditional GAN",
-            source=f"{NERO}, figure 5",
-            workloads=("cifar10-gan",),
-            optimizers=BENCHMARK,
-            lrs=DECADES,
-            published=_means(
-                "cifar10-gan",
-                metric="fid_test",
-                nero=(0.01, 15.43, 0.37),
-                sgd=(0.01, 33.06, 0.42),
-                adam=(1e-4, 23.42, 0.85),
-                lamb=(0.01, 16.32, 0.23),
-            ),
+        _benchmark(
+            "gan",
+            "for both networks of a class-conditional GAN",
+            "figure 5",
+            "cifar10-gan",
+            metric="fid_test",
+            nero=(0.01, 15.43, 0.37),
+            sgd=(0.01, 33.06, 0.42),
+            adam=(1e-4, 23.42, 0.85),
+            lamb=(0.01, 16.32, 0.23),
         ),
         NamedComparison(
             name="cifar10",
@@ -220,50 +248,35 @@ COMPARISONS = {
                 ),
             ),
         ),
-        NamedComparison(
-            name="wikitext2",
-            summary="Nero, SGD, Adam and LAMB on a word-level transformer",
-            source=f"{NERO}, figure 7",
-            workloads=("wikitext2-transformer",),
-            optimizers=BENCHMARK,
-            lrs=DECADES,
-            published=_means(
-                "wikitext2-transformer",
-                nero=(0.01, 172.99, 0.51),
-                sgd=(1.0, 181.76, 0.49),
-                adam=(1e-4, 178.05, 0.96),
-                lamb=(0.01, 200.54, 0.53),
-            ),
+        _benchmark(
+            "wikitext2",
+            "on a word-level transformer",
+            "figure 7",
+            "wikitext2-transformer",
+            nero=(0.01, 172.99, 0.51),
+            sgd=(1.0, 181.76, 0.49),
+            adam=(1e-4, 178.05, 0.96),
+            lamb=(0.01, 200.54, 0.53),
         ),
-        NamedComparison(
-            name="translation",
-            summary="Nero, SGD, Adam and LAMB on a translating transformer",
-            source=f"{NERO}, figure 8",
-            workloads=("multi30k-transformer",),
-            optimizers=BENCHMARK,
-            lrs=DECADES,
-            published=_means(
-                "multi30k-transformer",
-                nero=(1e-3, 11.351, 1.204),
-                sgd=(1e-4, 92.404, 89.485),
-                adam=(1e-4, 12.632, 0.335),
-                lamb=(0.01, 16.355, 0.289),
-            ),
+        _benchmark(
+            "translation",
+            "on a translating transformer",
+            "figure 8",
+            "multi30k-transformer",
+            nero=(1e-3, 11.351, 1.204),
+            sgd=(1e-4, 92.404, 89.485),
+            adam=(1e-4, 12.632, 0.335),
+            lamb=(0.01, 16.355, 0.289),
         ),
-        NamedComparison(
-            name="pong",
-            summary="Nero, SGD, Adam and LAMB for PPO on Atari Pong",
-            source=f"{NERO}, figure 9",
-            workloads=("pong-ppo",),
-            optimizers=BENCHMARK,
-            lrs=DECADES,
-            published=_means(
-                "pong-ppo",
-                nero=(0.01, 20.62, 0.05),
-                sgd=(0.1, 11.99, 8.65),
-                adam=(1e-4, 15.92, 3.40),
-                lamb=(1e-3, -19.46, 0.10),
-            ),
+        _benchmark(
+            "pong",
+            "for PPO on Atari Pong",
+            "figure 9",
+            "pong-ppo",
+            nero=(0.01, 20.62, 0.05),
+            sgd=(0.1, 11.99, 8.65),
+            adam=(1e-4, 15.92, 3.40),
+            lamb=(1e-3, -19.46, 0.10),
         ),
         NamedComparison(
             name="imagenet",
@@ -284,36 +297,11 @@ COMPARISONS = {
             lrs=TUNED,
             tuning_seeds=None,
         ),
-        NamedComparison(
-            name="agd-fcn",
-            summary="AGD and tuned Adam on a fully connected network of 16 layers",
-            source=f"{AGD}, the main comparison on CIFAR-10",
-            workloads=(FCN,),
-            optimizers=("agd-paper", "adam", "sgd"),
-            lrs=TUNED,
-            published=_agd(FCN, 0.527, adam=0.535),
-            paper_options={"epochs": 2000},
+        _agd_against_tuned(
+            "agd-fcn", "a fully connected network of 16 layers", "CIFAR-10", FCN, agd=0.527, adam=0.535
         ),
-        NamedComparison(
-            name="agd-resnet18",
-            summary="AGD and tuned Adam on ResNet-18",
-            source=f"{AGD}, the main comparison on CIFAR-10",
-            workloads=(CONV18,),
-            optimizers=("agd-paper", "adam", "sgd"),
-            lrs=TUNED,
-            published=_agd(CONV18, 0.912, adam=0.929),
-            paper_options={"epochs": 2000},
-        ),
-        NamedComparison(
-            name="agd-vgg16",
-            summary="AGD and tuned Adam on VGG-16",
-            source=f"{AGD}, the main comparison on CIFAR-100",
-            workloads=(CONV16,),
-            optimizers=("agd-paper", "adam", "sgd"),
-            lrs=TUNED,
-            published=_agd(CONV16, 0.674, adam=0.697),
-            paper_options={"epochs": 2000},
-        ),
+        _agd_against_tuned("agd-resnet18", "ResNet-18", "CIFAR-10", CONV18, agd=0.912, adam=0.929),
+        _agd_against_tuned("agd-vgg16", "VGG-16", "CIFAR-100", CONV16, agd=0.674, adam=0.697),
         NamedComparison(
             name="agd-imagenet",
             summary="AGD and SGD at a fixed rate on ResNet-50",
