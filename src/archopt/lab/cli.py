@@ -25,6 +25,9 @@ COMMANDS = {
     "demo": "compare optimisers on real digits, in three minutes",
 }
 
+INVENTORY = ("list", "data", "roles")
+"""The commands that train nothing, which have a module of their own."""
+
 USAGE = """\
 usage: archopt COMMAND [options]
 
@@ -79,14 +82,15 @@ def dispatch(args: list[str]) -> int:
     if name not in COMMANDS:
         raise LabError(f"no command {name!r}{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})")
     try:
-        from archopt.lab import commands
+        from archopt.lab import commands, inventory
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("archopt"):
             raise
         raise LabError(
             f"the laboratory needs {error.name}, which is not installed: pip install 'archopt[lab]'"
         ) from error
-    command: Callable[[list[str]], int] = getattr(commands, f"{name}_command")
+    home = inventory if name in INVENTORY else commands
+    command: Callable[[list[str]], int] = getattr(home, f"{name}_command")
     return command(rest)
 
 
