@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archopt.kernels import cpu
+from archopt.kernels import cpu, cpu_nero
 from archopt.neurons import NeuronDim, fan_in_dims, statistics_dtype
 from archopt.optim.base import rate
 
@@ -16,13 +16,13 @@ REMEDY = "use fused=None, which takes another form for such tensors"
 
 def served(
     params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
-) -> list[cpu.NeroTensor | None]:
+) -> list[cpu_nero.NeroTensor | None]:
     """For each weight what the kernel takes, or None where another form has to serve it.
 
     Raises ValueError, with the reason, where the group has fused=True and a weight cannot be served.
     """
     fused = group["fused"]
-    nothing: list[cpu.NeroTensor | None] = [None] * len(params)
+    nothing: list[cpu_nero.NeroTensor | None] = [None] * len(params)
     if fused is False or (fused is None and group["foreach"] is not None):
         return nothing
     if torch.compiler.is_compiling():
@@ -54,10 +54,10 @@ def unserved(param: Tensor, group: dict[str, Any]) -> None:
         _refuse(param, layout)
 
 
-def fused_nero(tensors: list[cpu.NeroTensor], group: dict[str, Any]) -> None:
+def fused_nero(tensors: list[cpu_nero.NeroTensor], group: dict[str, Any]) -> None:
     """The step of all weights that the kernel serves, in one call; step counts are advanced already."""
     if tensors:
-        cpu.nero(
+        cpu_nero.nero(
             tensors,
             lr=float(rate(group)),
             beta=float(group["beta"]),
@@ -73,7 +73,7 @@ def _refuse(param: Tensor, reason: str) -> None:
     )
 
 
-def _for_kernel(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> cpu.NeroTensor | str:
+def _for_kernel(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> cpu_nero.NeroTensor | str:
     """What the kernel takes, or why it cannot."""
     grad = param.grad
     assert grad is not None
@@ -89,7 +89,7 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) 
     )
     if isinstance(layout, str):
         return layout
-    return cpu.obstacle_of_view(param, grad) or cpu.NeroTensor(
+    return cpu.obstacle_of_view(param, grad) or cpu_nero.NeroTensor(
         param, grad, v, scale, step, turn, skipped, layout
     )
 
