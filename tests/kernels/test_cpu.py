@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from archopt import AGD, Nero, kernels
+from archopt import Lamb, Nero, kernels
 from archopt.kernels import cpu, cpu_nero
 from archopt.neurons import fan_in_dims
 from archopt.optim import nero_fused
@@ -384,7 +384,7 @@ def test_two_forms_at_once_are_refused() -> None:
 
 
 def test_rules_without_a_kernel_refuse_it() -> None:
-    assert "no fused form" in refusal(lambda: AGD([nn.Parameter(random(4, 3))], fused=True))
+    assert "no fused form" in refusal(lambda: Lamb([nn.Parameter(random(4, 3))], fused=True))
 
 
 @with_kernel

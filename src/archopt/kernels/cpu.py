@@ -2,7 +2,7 @@
 
 The library (native/) takes raw pointers and knows neither Python nor torch, so one build serves every version of
 both. It is loaded at the first step that asks for it. `import archopt` neither needs nor touches it. Each kernel
-has its own module beside this one: `cpu_nero`.
+has its own module beside this one: `cpu_nero`, `cpu_agd`.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-INTERFACE = 1  # of the library; native/shared.h has the same number
+INTERFACE = 2  # of the library; native/shared.h has the same number
 BUILD = (
     "install archopt again with gcc or clang at hand (pip's --force-reinstall --no-cache-dir --no-deps), or run "
     "python setup.py build_ext --inplace in a clone"
