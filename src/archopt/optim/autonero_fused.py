@@ -19,11 +19,10 @@ from archopt.neurons import NeuronDim, statistics_dtype
 from archopt.optim.autonero_rule import LEAST_FEATURES
 from archopt.optim.autonero_tensors import JOINED_ENTRIES, dims_of, movement_dtype, steps_plainly
 from archopt.optim.base import bias_correction, rate
+from archopt.optim.fused import Made, made_of, refuse, wants_kernel
 from archopt.optim.matrices import nonzero
 from archopt.optim.nero_fused import layout_of
 from archopt.optim.orthogonalise import orthogonalise
-
-REMEDY = "use fused=None, which takes another form for such tensors"
 
 Group = dict[str, Any]
 States = Mapping[Tensor, dict[str, Tensor]]
@@ -141,15 +140,7 @@ def fused_steps(groups: Iterable[tuple[Group, list[Tensor]]], states: States) ->
     """
     found: dict[torch.device, tuple[list[AutoNeroTensor], list[Group]]] = {}
     for group, params in groups:
-        fused = group["fused"]
-        if fused is False or (fused is None and group["foreach"] is not None) or not params:
-            continue
-        if torch.compiler.is_compiling():
-            if fused:
-                raise ValueError(
-                    "AutoNero: fused=True cannot be honoured in a compiled step, which is fused by its compiler; "
-                    "use fused=None"
-                )
+        if not wants_kernel("AutoNero", group):
             continue
         indices: dict[torch.device, int] = {}
         for param in params:
@@ -157,8 +148,8 @@ def fused_steps(groups: Iterable[tuple[Group, list[Tensor]]], states: States) ->
             index = indices.get(param.device, len(served_groups))
             served = _for_kernel(param, states[param], group, index)
             if isinstance(served, str):
-                if fused:
-                    _refuse(param, served)
+                if group["fused"]:
+                    refuse("AutoNero", param, served)
                 continue
             if param.device not in indices:
                 indices[param.device] = index
@@ -169,17 +160,11 @@ def fused_steps(groups: Iterable[tuple[Group, list[Tensor]]], states: States) ->
 
 def unserved(param: Tensor, group: Group) -> None:
     """Raises ValueError, with the reason, where no kernel can serve a weight whatever its gradient."""
-    memory = cpu.Memory(*_made_of(param))
+    memory = cpu.Memory(*made_of(param))
     reason = cpu.missing() or cpu.obstacle(memory)
     rows = reason or _rows(memory.shape, memory.strides, *_seen_as(param, group))
     if isinstance(rows, str):
-        _refuse(param, rows)
-
-
-def _refuse(param: Tensor, reason: str) -> None:
-    raise ValueError(
-        f"AutoNero: fused=True cannot be honoured for a weight of shape {tuple(param.shape)}: {reason}; {REMEDY}"
-    )
+        refuse("AutoNero", param, rows)
 
 
 def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: int) -> AutoNeroTensor | str:
@@ -191,8 +176,8 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: in
     own = [state[name] for name in ("exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "step")]
     is_vector, axis, channel_groups = _seen_as(param, group)
     rows = _verdict(
-        _made_of(param),
-        _made_of(grad),
+        made_of(param),
+        made_of(grad),
         tuple((tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in own),
         movement_dtype(statistics_dtype(param.dtype), group),
         is_vector,
@@ -212,7 +197,6 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: in
     return AutoNeroTensor(param, grad, *own, kind, rows.count, rows.fan_in, index)
 
 
-Parts = tuple[type, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 State = tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]
 
 
@@ -221,11 +205,6 @@ class _Rows(NamedTuple):
 
     count: int
     fan_in: int
-
-
-def _made_of(tensor: Tensor) -> Parts:
-    """The fields of `cpu.Memory`; a bare tuple, since a step makes many."""
-    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _seen_as(param: Tensor, group: Group) -> tuple[bool, NeuronDim, int]:
@@ -252,8 +231,8 @@ def _rows(
 
 @functools.lru_cache(maxsize=4096)
 def _verdict(
-    param: Parts,
-    grad: Parts,
+    param: Made,
+    grad: Made,
     state: tuple[State, ...],
     movement: torch.dtype,
     is_vector: bool,
