@@ -194,7 +194,10 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: in
         kind = PLAIN
     else:
         kind = HIDDEN if group["family"] == "hidden" else TURNING
-    return AutoNeroTensor(param, grad, *own, kind, rows.count, rows.fan_in, index)
+    m, v, d, radius, grows_to, step = own
+    return AutoNeroTensor(
+        param, grad, m, v, d, radius, grows_to, step, kind, rows.number, rows.fan_in, index
+    )
 
 
 State = tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]
@@ -203,7 +206,7 @@ State = tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]
 class _Rows(NamedTuple):
     """How many rows, of so many neighbouring entries."""
 
-    count: int
+    number: int
     fan_in: int
 
 
