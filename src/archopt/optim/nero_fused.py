@@ -23,35 +23,42 @@ def served(
     """
     fused = group["fused"]
     nothing: list[cpu.NeroTensor | None] = [None] * len(params)
-    if fused is False or (fused is None and group["foreach"] is not None):
+    if not wants_kernel(group):
         return nothing
+    if missing := cpu.missing():
+        if fused and params:
+            refuse(params[0], missing)
+        return nothing
+    found = [_for_kernel(param, state, group) for param, state in zip(params, states, strict=True)]
+    if fused:
+        for param, tensor in zip(params, found, strict=True):
+            if isinstance(tensor, str):
+                refuse(param, tensor)
+    return [None if isinstance(tensor, str) else tensor for tensor in found]
+
+
+def wants_kernel(group: dict[str, Any]) -> bool:
+    fused = group["fused"]
+    if fused is False or (fused is None and group["foreach"] is not None):
+        return False
     if torch.compiler.is_compiling():
         if fused:
             raise ValueError(
                 "Nero: fused=True cannot be honoured in a compiled step, which is fused by its compiler; "
                 "use fused=None"
             )
-        return nothing
-    if missing := cpu.missing():
-        if fused and params:
-            _refuse(params[0], missing)
-        return nothing
-    found = [_for_kernel(param, state, group) for param, state in zip(params, states, strict=True)]
-    if fused:
-        for param, tensor in zip(params, found, strict=True):
-            if isinstance(tensor, str):
-                _refuse(param, tensor)
-    return [None if isinstance(tensor, str) else tensor for tensor in found]
+        return False
+    return True
 
 
 def unserved(param: Tensor, group: dict[str, Any]) -> None:
     """Raises ValueError, with the reason, where the kernel cannot serve a weight whatever its gradient."""
-    memory = cpu.Memory(*_made_of(param))
+    memory = cpu.Memory(*made_of(param))
     if reason := cpu.missing() or cpu.obstacle(memory):
-        _refuse(param, reason)
-    layout = layout_of(memory.shape, memory.strides, _axis(group), group["channel_groups"])
+        refuse(param, reason)
+    layout = layout_of(memory.shape, memory.strides, axis_of(group), group["channel_groups"])
     if isinstance(layout, str):
-        _refuse(param, layout)
+        refuse(param, layout)
 
 
 def fused_nero(tensors: list[cpu.NeroTensor], group: dict[str, Any]) -> None:
@@ -67,7 +74,7 @@ def fused_nero(tensors: list[cpu.NeroTensor], group: dict[str, Any]) -> None:
         )
 
 
-def _refuse(param: Tensor, reason: str) -> None:
+def refuse(param: Tensor, reason: str) -> None:
     raise ValueError(
         f"Nero: fused=True cannot be honoured for a weight of shape {tuple(param.shape)}: {reason}; {REMEDY}"
     )
@@ -79,12 +86,12 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) 
     assert grad is not None
     v, scale, step, turn, skipped = (state[name] for name in STATE)
     layout = _verdict(
-        _made_of(param),
-        _made_of(grad),
-        _made_of(v),
+        made_of(param),
+        made_of(grad),
+        made_of(v),
         (scale.dtype, step.dtype, turn.dtype, skipped.dtype),
         v.is_cpu and scale.is_cpu and step.is_cpu and turn.is_cpu and skipped.is_cpu,
-        _axis(group),
+        axis_of(group),
         group["channel_groups"],
     )
     if isinstance(layout, str):
@@ -97,7 +104,7 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) 
 Parts = tuple[type, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 
 
-def _made_of(tensor: Tensor) -> Parts:
+def made_of(tensor: Tensor) -> Parts:
     """The fields of `cpu.Memory`; a bare tuple, since a step makes three of them a weight."""
     return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
@@ -134,7 +141,7 @@ def _verdict(
     return layout if in_order else f"its statistics have strides {statistics.strides}"
 
 
-def _axis(group: dict[str, Any]) -> NeuronDim:
+def axis_of(group: dict[str, Any]) -> NeuronDim:
     neuron_dim: NeuronDim = group["neuron_dim"]
     return neuron_dim if isinstance(neuron_dim, int) else tuple(neuron_dim)
 
