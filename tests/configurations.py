@@ -142,7 +142,9 @@ def agd(label: str, **known: Any) -> Configuration:
         reports=("eta", "gradient_summary"),
         option="gain",
         out_of_range=(("gain", -1.0), ("gain", float("nan"))),
-        exempt={
+        forms=tuple(FORMS),
+        exempt=FUSED_REFUSES
+        | {
             "state_of_another_model_is_refused": "AGD keeps no state: there is nothing to tell two models apart by"
         },
         **known,

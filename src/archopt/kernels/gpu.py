@@ -139,7 +139,9 @@ class Plans:
     def upload_in_capture(self, values: Tensor, device: torch.device) -> Tensor:
         """As `upload`, at every replay of the graph that is being captured."""
         if self._room.numel() < values.numel():
-            raise RuntimeError(f"{NOT_IN_CAPTURE}, and capturable=True, before the capture (again after {ROOM} of them)")
+            raise RuntimeError(
+                f"{NOT_IN_CAPTURE}, and capturable=True, before the capture (again after {ROOM} of them)"
+            )
         staging, self._room = self._room.split([values.numel(), self._room.numel() - values.numel()])
         staging.copy_(values)
         self._captured.append(staging)
@@ -163,7 +165,9 @@ class Shape(NamedTuple):
 
 
 # 16 entries a thread: what it holds of weights and gradients stays in registers, and some blocks fit side by side.
-ALIGNED = tuple(Shape(ALIGNED_TILES, max(1, 2048 // c), c, max(4, c // 512)) for c in (128 << i for i in range(7)))
+ALIGNED = tuple(
+    Shape(ALIGNED_TILES, max(1, 2048 // c), c, max(4, c // 512)) for c in (128 << i for i in range(7))
+)
 UNALIGNED = (Shape(TILES, 32, 32, 4), Shape(TILES, 4, 256, 4), Shape(TILES, 1, 2048, 4))
 VECTORS = Shape(ENTRIES, 1024, 1, 4)
 LONG_ROWS = (Shape(LONG, 1, 1024, 4), Shape(ALIGNED_LONG, 1, 1024, 4))

@@ -9,7 +9,8 @@ from torch import Tensor
 from archopt.kernels import gpu
 from archopt.kernels.cpu import Memory, is_contiguous, obstacle_of_gradient, obstacle_of_view
 from archopt.optim.base import by_device_and_dtype, rate
-from archopt.optim.nero_fused import STATE, axis_of, layout_of, made_of, refuse, wants_kernel
+from archopt.optim.fused import made_of, refuse, wants_kernel
+from archopt.optim.nero_fused import STATE, axis_of, layout_of
 
 EXPECTED = (torch.float32, torch.float32, torch.float32, torch.float32, torch.int32)  # types of STATE
 
@@ -25,18 +26,22 @@ class Served:
 
 def wants_gpu(param: Tensor, group: dict[str, Any]) -> bool:
     """Whether the kernel is to serve a weight, if it can; its step count is then kept on the device."""
-    return param.device.type in gpu.DEVICE_TYPES and wants_kernel(group) and not gpu.missing()
+    return param.device.type in gpu.DEVICE_TYPES and wants_kernel("Nero", group) and not gpu.missing()
 
 
 def served(
-    params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any], plans: gpu.Plans, number: int
+    params: list[Tensor],
+    states: list[dict[str, Tensor]],
+    group: dict[str, Any],
+    plans: gpu.Plans,
+    number: int,
 ) -> Served:
     """What the kernel serves of the tensors of a group, prepared, or found again as it was prepared before.
 
     `number` is that of the group's first parameter in the optimizer. Raises ValueError, with the reason, where the
     group has fused=True and a weight on a GPU cannot be served.
     """
-    if not any(param.device.type in gpu.DEVICE_TYPES for param in params) or not wants_kernel(group):
+    if not any(param.device.type in gpu.DEVICE_TYPES for param in params) or not wants_kernel("Nero", group):
         return Served([], list(range(len(params))))
     if gpu.capturing():
         return plans.captured(lambda: _prepared(params, states, group, plans, number))
@@ -70,10 +75,10 @@ def unserved(param: Tensor, group: dict[str, Any]) -> None:
     """Raises ValueError, with the reason, where the kernel cannot serve a weight whatever its gradient."""
     memory = Memory(*made_of(param))
     if reason := gpu.missing() or gpu.obstacle(memory):
-        refuse(param, reason)
+        refuse("Nero", param, reason)
     layout = layout_of(memory.shape, memory.strides, axis_of(group), group["channel_groups"])
     if reason := layout if isinstance(layout, str) else gpu.obstacle_of_layout(layout):
-        refuse(param, reason)
+        refuse("Nero", param, reason)
 
 
 def check_rounding(others: list[Tensor], group: dict[str, Any]) -> None:
@@ -107,7 +112,11 @@ def gpu_nero(found: Served, params: list[Tensor], group: dict[str, Any]) -> None
 
 
 def _prepared(
-    params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any], plans: gpu.Plans, number: int
+    params: list[Tensor],
+    states: list[dict[str, Tensor]],
+    group: dict[str, Any],
+    plans: gpu.Plans,
+    number: int,
 ) -> Served:
     numbers = {id(param): number + i for i, param in enumerate(group["params"])}
     tensors: list[gpu.NeroTensor] = []
@@ -117,7 +126,7 @@ def _prepared(
         if not isinstance(tensor, str):
             tensors.append(tensor)
         elif group["fused"] and param.device.type in gpu.DEVICE_TYPES:
-            refuse(param, tensor)
+            refuse("Nero", param, tensor)
         else:
             rest.append(i)
     launches = [
