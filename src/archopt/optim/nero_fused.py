@@ -42,7 +42,7 @@ def unserved(param: Tensor, group: dict[str, Any]) -> None:
     memory = cpu.Memory(*made_of(param))
     if reason := cpu.missing() or cpu.obstacle(memory):
         refuse("Nero", param, reason)
-    layout = layout_of(memory.shape, memory.strides, _axis(group), group["channel_groups"])
+    layout = layout_of(memory.shape, memory.strides, axis_of(group), group["channel_groups"])
     if isinstance(layout, str):
         refuse("Nero", param, layout)
 
@@ -71,7 +71,7 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) 
         made_of(v),
         (scale.dtype, step.dtype, turn.dtype, skipped.dtype),
         v.is_cpu and scale.is_cpu and step.is_cpu and turn.is_cpu and skipped.is_cpu,
-        _axis(group),
+        axis_of(group),
         group["channel_groups"],
     )
     if isinstance(layout, str):
@@ -113,7 +113,7 @@ def _verdict(
     return layout if in_order else f"its statistics have strides {statistics.strides}"
 
 
-def _axis(group: dict[str, Any]) -> NeuronDim:
+def axis_of(group: dict[str, Any]) -> NeuronDim:
     neuron_dim: NeuronDim = group["neuron_dim"]
     return neuron_dim if isinstance(neuron_dim, int) else tuple(neuron_dim)
 
