@@ -210,7 +210,7 @@ def _rows(line, tensor, first, paces_ptr, reach_ptr, u_ptr, W: tl.constexpr, D: 
     if POLAR:
         u_ptr += begin
     else:
-        reach = tl.load(reach_ptr + tl.load(line + HEAD)).to(tl.float32)
+        reach = tl.load(reach_ptr + tl.load(line + HEAD), mask=kind == PLAIN, other=0.0).to(tl.float32)
         g_ptr = _pointer(line, GRAD, W, ALIGNED) + begin
         factor = tl.load(pace + FACTOR)
         beta = tl.load(pace + BETA)

@@ -106,8 +106,9 @@ def test_float32_follows_foreach(options: dict[str, Any]) -> None:
     fused, foreach = AutoNero(model, fused=True, **options), AutoNero(twin, foreach=True, **options)
     steps(model, fused, range(5))
     steps(twin, foreach, range(5))
-    narrow = 2.0**-8 if "movement_dtype" in options else 0.0
-    assert_close(values(model, fused), values(twin, foreach), WEIGHTS, MOVEMENT + narrow)
+    # One digit of bfloat16, and what angles that the feedback makes of it differ by.
+    weights, movement = (1e-4, 2.0**-7) if "movement_dtype" in options else (WEIGHTS, MOVEMENT)
+    assert_close(values(model, fused), values(twin, foreach), weights, movement)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
