@@ -35,7 +35,9 @@ class FusedStep:
 
     def __init__(self, tensors: list[AutoNeroTensor], groups: list[Group], plans: gpu.Plans) -> None:
         # Matrices that are joined follow one another.
-        self.tensors = sorted(tensors, key=lambda tensor: _alike(tensor, groups))
+        keyed = sorted([(_alike(tensor, groups), i) for i, tensor in enumerate(tensors)])
+        self.tensors = [tensors[i] for _, i in keyed]
+        self._keys = [key for key, _ in keyed]
         self.groups = groups
         self.device = tensors[0].weight.device
         options = [_options(group) for group in groups]
@@ -95,8 +97,7 @@ class FusedStep:
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         """Hidden tensors that are joined: the position of the first, and how many follow one another."""
-        keys = [_alike(tensor, self.groups) for tensor in self.tensors]
-        for key, positions in itertools.groupby(range(len(keys)), key=keys.__getitem__):
+        for key, positions in itertools.groupby(range(len(self._keys)), key=self._keys.__getitem__):
             first, *others = positions
             if key[0] == HIDDEN:
                 most = max(1, JOINED_ENTRIES // self.tensors[first].weight.numel())
@@ -176,8 +177,8 @@ def fused_steps(
 def unserved(param: Tensor, group: Group) -> None:
     """Raises ValueError, with the reason, where no kernel can serve a weight whatever its gradient."""
     memory = cpu.Memory(*made_of(param))
-    rows = _missing(param) or _obstacle(memory, _on_gpu(param))
-    rows = rows or _rows(memory.shape, memory.strides, *_seen_as(param, group))
+    reason = _missing(param) or _obstacle(memory, _on_gpu(param))
+    rows = reason or _rows(memory.shape, memory.strides, *_seen_as(param, group))
     if isinstance(rows, str):
         refuse("AutoNero", param, rows)
 
