@@ -80,6 +80,6 @@ def test_a_small_first_angle_doubles_until_it_is_one_whatever_the_slopes_say():
 
 
 def test_the_first_angle_is_small_enough_for_the_number_of_matrices():
-    assert math.isclose(first_angles(4, 0.3)[0], 1 / 8, rel_tol=1e-6)
-    assert math.isclose(first_angles(20, 0.3)[0], 1 / 40, rel_tol=1e-6)
-    assert math.isclose(first_angles(1, 0.3)[0], 0.3, rel_tol=1e-6)
+    assert math.isclose(first_angles(4, 0.3)[0], 1 / 32, rel_tol=1e-6)
+    assert math.isclose(first_angles(20, 0.3)[0], 1 / 160, rel_tol=1e-6)
+    assert math.isclose(first_angles(1, 0.1)[0], 0.1, rel_tol=1e-6)

@@ -221,7 +221,7 @@ def test_the_first_step_changes_a_trained_network_by_about_theta() -> None:
         cross_entropy(model(tokens), tokens % CLASSES).backward()
         adam.step()
     before = model(tokens).detach()
-    optimizer = AutoNero(model, embedding_radius="own")
+    optimizer = AutoNero(model, embedding_radius="own", initial_theta=0.01)
     assert torch.equal(model(tokens), before)
     optimizer.zero_grad()
     loss = cross_entropy(model(tokens), (tokens + 1) % CLASSES)

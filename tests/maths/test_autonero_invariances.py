@@ -82,7 +82,8 @@ def test_the_scale_of_one_gradient_changes_no_direction(name: str) -> None:
     """
     model = Net().double()
     before, twin = copy.deepcopy(model), copy.deepcopy(model)
-    optimizer, other = AutoNero(model), AutoNero(twin)
+    # An angle that 1e-12 resolves.
+    optimizer, other = AutoNero(model, initial_theta=0.01), AutoNero(twin, initial_theta=0.01)
     for net, opt in ((model, optimizer), (twin, other)):
         loss_of(net, 0).backward()
         if net is twin:

@@ -16,7 +16,7 @@ Blocks = list[list[list[int]]]
 BETA, BETA2 = 0.9, 0.99
 LAMBDA, KAPPA = 0.95, 0.05
 TAU, T = 0.15, 100.0
-THETA0 = 0.01
+THETA0 = 1e-5
 EXPONENT, K = 1.0, 8.0
 
 
@@ -90,7 +90,7 @@ class Reference:
         self.exponent = 0.5 if derivation else EXPONENT
         self.t = 0
         matrices = sum(variable.family in ("hidden", "head") for variable in variables.values())
-        self.theta0, self.theta = theta0, min(theta0, 1 / (2 * max(matrices, 1)))
+        self.theta0, self.theta = theta0, min(theta0, 1 / (8 * max(matrices, 1)))
         self.rho, self.C, self.G, self.f = 0.0, 0.0, 0.0, 1.0
         self.c, self.e, self.q, self.B = 0.0, 0.0, 0.0, 0.0
         self.skipped = 0

@@ -70,7 +70,7 @@ class AutoNero(ArchOptimizer):
         target, target_steps: tau and T. The angle settles where rho = -tau / sqrt(1 + t/T).
         bound: how far sqrt(t) theta e may stand above the most that slopes have asked for; a huge
             number is no bound.
-        initial_theta: the angle of the first step, in radians; at most 1/(2L) is taken, with L matrices (embeddings
+        initial_theta: the angle of the first step, in radians; at most 1/(8L) is taken, with L matrices (embeddings
             not counted), since their turns multiply. One below 0.01 doubles at every step until it is there.
         limit: gradients longer than this many times their running size are shortened to it.
         radius: "own": rows of hidden matrices and heads keep their initial norms as first radii. "unit": they are
@@ -112,8 +112,8 @@ class AutoNero(ArchOptimizer):
         >>> optimizer = archopt.AutoNero(model)
         >>> model(torch.ones(2, 8)).square().mean().backward()
         >>> optimizer.step()
-        >>> round(float(optimizer.theta), 6)
-        0.01
+        >>> round(float(optimizer.theta), 6)  # doubles at the next ten steps, and follows the gradients then
+        1e-05
     """
 
     state_names = ("step", "exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "feedback")
@@ -139,7 +139,7 @@ class AutoNero(ArchOptimizer):
         target: float = 0.15,
         target_steps: float = 100.0,
         bound: float = 1.0,
-        initial_theta: float = 0.01,
+        initial_theta: float = 1e-5,
         limit: float = 2.0,
         radius: str = "own",
         embedding_radius: str = "rms",
@@ -319,7 +319,7 @@ class AutoNero(ArchOptimizer):
             for p in group["params"]
             if p.requires_grad
         )
-        first = min(self.param_groups[0]["initial_theta"], 1 / (2 * max(depth, 1)))
+        first = min(self.param_groups[0]["initial_theta"], 1 / (8 * max(depth, 1)))
         Feedback(*feedback.unbind()).theta.fill_(first)
         return feedback
 

@@ -27,7 +27,7 @@ h is how long the features are that a head reads, as gradients tell: the gradien
 the bias times the features, so h = ||s|| / ||s of the bias||, norms over the rows; sqrt(fan_in), features of RMS 1,
 where there is no bias. So a step changes an output by up to about K theta.
 
-theta begins at initial_theta, or at 1/(2L) with L matrices where that is less, and doubles at each step in which
+theta begins at initial_theta, or at 1/(8L) with L matrices where that is less, and doubles at each step in which
 initial_theta 2^(t-1) < 0.01.
 
 C is the fresh gradient along the movement made before it was computed, so c/e near 1 says that the slope has not
