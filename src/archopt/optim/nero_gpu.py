@@ -1,4 +1,4 @@
-"""Nero's fused form on the GPU: which tensors the kernel serves, and their step. The equations stand in `nero.py`."""
+"""Nero's fused form on the GPU: which tensors the kernel serves, and their step. The equations: `nero.py`."""
 
 import itertools
 from typing import Any
@@ -160,4 +160,5 @@ def _for_kernel(
     # One statistic a neuron, in order; of entries, in the order of the weight's memory.
     if not (v.stride() == param.stride() if v.shape == param.shape else is_contiguous(Memory(*made_of(v)))):
         return f"its statistics have strides {v.stride()}"
-    return gpu.NeroTensor(param, grad, *(state[name] for name in STATE), layout, number)
+    _, scale, step, turn, skipped = (state[name] for name in STATE)
+    return gpu.NeroTensor(param, grad, v, scale, step, turn, skipped, layout, number)
