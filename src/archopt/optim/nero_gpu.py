@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from archopt.kernels import gpu
 from archopt.kernels.cpu import Memory, is_contiguous, obstacle_of_gradient, obstacle_of_view
@@ -43,9 +43,12 @@ def served(
     """
     if not any(param.device.type in gpu.DEVICE_TYPES for param in params) or not wants_kernel("Nero", group):
         return Served([], list(range(len(params))))
+    grads: list[Any] = [param.grad for param in params]
+    ordinary = {*map(type, params), *map(type, grads)} <= {Tensor, nn.Parameter}
+    if gpu.missing() or not ordinary:  # others may have no address to ask for
+        return _prepared(params, states, group, plans, number)
     if gpu.capturing():
         return plans.captured(lambda: _prepared(params, states, group, plans, number))
-    grads: list[Any] = [param.grad for param in params]
     values = list(itertools.chain.from_iterable([state.values() for state in states]))
     # All that decides how tensors are served and where they lie. State and weights are told by identity, and kept;
     # gradients by address, so that they can be freed.
@@ -64,7 +67,6 @@ def served(
         *[param.shape for param in params],
         *[param.dtype for param in params],
         *[grad.dtype for grad in grads],
-        *map(type, grads),
         *map(Tensor.is_neg, params),
         *map(Tensor.is_neg, grads),
     )

@@ -1,4 +1,4 @@
-"""Where the tests of the GPU kernels run: on a GPU, or in Triton's interpreter (`make test-triton`), else nowhere."""
+"""Where tests of the GPU kernels run: on a GPU, or in Triton's interpreter (`make test-triton`), else nowhere."""
 
 import os
 from collections.abc import Iterator
