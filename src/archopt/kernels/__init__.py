@@ -4,8 +4,8 @@
 None takes a kernel for every tensor that one can serve and another form for the rest; True refuses what cannot be
 served, with the reason; False takes none.
 
-    cpu     Nero on the CPU: a small library of C, built with the package where a C compiler was present
-    gpu     Nero on the GPU: Triton, which torch's CUDA builds bring along; compiled at the first step
+    cpu     Nero, AGD, AutoNero on the CPU: a small library of C, built with the package where a C compiler was present
+    gpu     Nero, AutoNero on the GPU: Triton, which torch's CUDA builds bring along; compiled at the first step
 """
 
 from archopt.kernels.cpu import Status

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from archopt.kernels import gpu
 from archopt.neurons import NeuronDim, as_rows, balance, balance_, divisor, fan_in_dims, row_mean, row_norm
+from archopt.optim import nero_gpu
 from archopt.optim.base import (
     ArchOptimizer,
     Params,
@@ -34,8 +36,6 @@ from archopt.optim.base import (
     statistics_like,
     takes_foreach,
 )
-from archopt.kernels import gpu
-from archopt.optim import nero_gpu
 from archopt.optim.nero_fused import fused_nero, served, unserved
 from archopt.roles import Role, group_by_treatment, parameter_roles
 

@@ -27,6 +27,8 @@ from contract.behaviours.problems import (
 
 # float64: both forms round differently, a few hundred roundings in all. float32: the project's own bound.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# A movement over a first angle of 1e-5, which AutoNero keeps, is mostly the rounding of float32 weights.
+STATE_TOLERANCES = TOLERANCES | {torch.float32: 1e-4}
 
 
 @behaviour(forms=tuple(form for form in FORMS if form != "plain"), dtype=tuple(TOLERANCES))
@@ -44,7 +46,7 @@ def form_equals_plain(make: Any, *, dtype: torch.dtype) -> None:
     ours, theirs = state_tensors(optimizer), state_tensors(other)
     assert ours.keys() == theirs.keys()
     finite = {n: v for n, v in ours.items() if v.is_floating_point() and v.norm() > 0}
-    assert_close(theirs, finite, TOLERANCES[dtype], f"state in {dtype}")
+    assert_close(theirs, finite, STATE_TOLERANCES[dtype], f"state in {dtype}")
 
 
 @behaviour(forms=("default", "foreach", "fused"), applies=lambda make: make.takes == "parameters")
