@@ -60,6 +60,7 @@ class Prepared(NamedTuple):
     table: Tensor
     options: Tensor
     work: Work
+    shapes: tuple[Shape, ...]  # of the tensors
 
 
 class GpuPasses:
@@ -76,7 +77,6 @@ class GpuPasses:
         self.tensors = tensors
         self._code: Any = importlib.import_module("archopt.kernels.triton_autonero")
         self._device = tensors[0].weight.device
-        self._shapes = [_shape(tensor) for tensor in tensors]
         lines = [_line(tensor) for tensor in tensors]
         if gpu.capturing():
             self._prepared = plans.captured(lambda: self._prepare(lines, options, plans))
@@ -134,8 +134,8 @@ class GpuPasses:
     def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> Tensor:
         made, tensor = self._prepared, self.tensors[first]
         assert self._paces is not None, "turn comes after average"
-        aligned = min(shape.aligned for shape in self._shapes[first : first + count])
-        shape = self._shapes[first]._replace(aligned=0 if directions.data_ptr() % VECTOR else aligned)
+        aligned = min(shape.aligned for shape in made.shapes[first : first + count])
+        shape = made.shapes[first]._replace(aligned=0 if directions.data_ptr() % VECTOR else aligned)
         units = -(-tensor.rows // shape.rows)
         expected = self._empty(count * units)
         with gpu.on(self._device):
@@ -167,11 +167,12 @@ class GpuPasses:
         self, lines: Sequence[tuple[int, ...]], options: Sequence[GroupOptions], plans: gpu.Plans
     ) -> Prepared:
         # The work depends on shapes alone, not on addresses: a capture finds what steps before it uploaded.
+        shapes = tuple([_shape(tensor) for tensor in self.tensors])
         geometry = tuple(
             (shape, _types(tensor), tensor.rows, tensor.fan_in, _aligned(tensor, tensor.weight.numel()))
-            for tensor, shape in zip(self.tensors, self._shapes, strict=True)
+            for tensor, shape in zip(self.tensors, shapes, strict=True)
         )
-        work = plans.get((self._device, geometry), lambda: self._work(plans))
+        work = plans.get((self._device, geometry), lambda: self._work(shapes, plans))
         values: list[int] = []
         heads = 0
         for tensor, line, parts in zip(self.tensors, lines, work.parts, strict=True):
@@ -183,11 +184,11 @@ class GpuPasses:
         of_groups = torch.tensor(doubles, dtype=torch.float64).view(torch.int64).reshape(-1)
         upload = plans.upload_in_capture if gpu.capturing() else plans.upload
         there = upload(torch.cat([torch.tensor(values), of_groups]), self._device)
-        return Prepared(there[: len(values)], there[len(values) :].view(torch.float64), work)
+        return Prepared(there[: len(values)], there[len(values) :].view(torch.float64), work, shapes)
 
-    def _work(self, plans: gpu.Plans) -> Work:
+    def _work(self, shapes: Sequence[Shape], plans: gpu.Plans) -> Work:
         measured, averaged = [], []
-        for index, (tensor, shape) in enumerate(zip(self.tensors, self._shapes, strict=True)):
+        for index, (tensor, shape) in enumerate(zip(self.tensors, shapes, strict=True)):
             entries = tensor.rows * tensor.fan_in
             flat = Shape(ENTRIES, _aligned(tensor, entries), False, 1, MEASURED, 4)
             count = -(-entries // MEASURED)

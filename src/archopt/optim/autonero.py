@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from archopt.kernels import gpu
 from archopt.neurons import as_rows, row_norm
-from archopt.optim.autonero_fused import fused_steps, unserved
+from archopt.optim.autonero_fused import Prepared, fused_steps, unserved
 from archopt.optim.autonero_rule import (
     GROWN_NORM,
     THETA_RANGE,
@@ -192,12 +191,12 @@ class AutoNero(ArchOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        self._plans = gpu.Plans()
+        self._prepared = Prepared()
         super().__init__(groups, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = gpu.Plans()  # what was prepared for the tensors of another optimizer is of no use
+        self._prepared = Prepared()  # what was prepared for the tensors of another optimizer is of no use
 
     @property
     def theta(self) -> Tensor:
@@ -355,7 +354,7 @@ class AutoNero(ArchOptimizer):
         if not given or held is None:
             return
         fused = fused_steps(
-            given, self.state, self._plans
+            given, self.state, self._prepared
         )  # before all else: a refusal must come before anything moves
         served = {tensor.weight for step in fused for tensor in step.tensors}
         batches = [

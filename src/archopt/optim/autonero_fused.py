@@ -7,6 +7,8 @@ corrected copy of it is needed.
 
 import functools
 import itertools
+import operator
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -145,16 +147,25 @@ def _options(group: Group) -> GroupOptions:
 # -- what is served ----------------------------------------------------------------------------------------
 
 
+class Prepared:
+    """What earlier steps of an optimizer found out and made, to be used again while it holds."""
+
+    def __init__(self) -> None:
+        self.plans = gpu.Plans()
+        self.known: dict[Tensor, _Known] = {}
+
+
 def fused_steps(
-    groups: Iterable[tuple[Group, list[Tensor]]], states: States, plans: gpu.Plans
+    groups: Iterable[tuple[Group, list[Tensor]]], states: States, prepared: Prepared
 ) -> list[FusedStep]:
     """The steps of all weights that a kernel serves, one a device.
 
-    groups: each with its parameters that have a gradient. plans: what kernels prepared at earlier steps.
+    groups: each with its parameters that have a gradient.
 
     Raises ValueError, with the reason, where a group has fused=True and a weight of it cannot be served.
     """
     found: dict[torch.device, tuple[list[AutoNeroTensor], list[Group]]] = {}
+    known, prepared.known = prepared.known, {}
     for group, params in groups:
         if not wants_kernel("AutoNero", group):
             continue
@@ -162,16 +173,17 @@ def fused_steps(
         for param in params:
             tensors, served_groups = found.setdefault(param.device, ([], []))
             index = indices.get(param.device, len(served_groups))
-            served = _for_kernel(param, states[param], group, index)
-            if isinstance(served, str):
+            rows = _known(param, states[param], group, known.get(param))
+            if isinstance(rows, str):
                 if group["fused"]:
-                    refuse("AutoNero", param, served)
+                    refuse("AutoNero", param, rows)
                 continue
+            prepared.known[param] = rows
             if param.device not in indices:
                 indices[param.device] = index
                 served_groups.append(group)
-            tensors.append(served)
-    return [FusedStep(tensors, of_device, plans) for tensors, of_device in found.values() if tensors]
+            tensors.append(_for_kernel(param, states[param], group, rows.rows, index))
+    return [FusedStep(tensors, of_device, prepared.plans) for tensors, of_device in found.values() if tensors]
 
 
 def unserved(param: Tensor, group: Group) -> None:
@@ -198,13 +210,32 @@ def _obstacle(weight: cpu.Memory, on_gpu: bool) -> str:
     return gpu.obstacle(weight) if on_gpu else cpu.obstacle(weight)
 
 
-def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: int) -> AutoNeroTensor | str:
-    """What the kernel takes, or why it cannot."""
-    if reason := _missing(param):
-        return reason
+STATE = ("exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "step")
+
+
+class _Known(NamedTuple):
+    """What was found out of a weight, and of what: it holds while all of that is the same."""
+
+    rows: "_Rows"
+    made: tuple[Any, ...]
+    state: tuple[weakref.ref[Tensor], ...]
+
+
+def _held(known: _Known) -> list[Tensor | None]:
+    return [held() for held in known.state]
+
+
+def _known(param: Tensor, state: dict[str, Tensor], group: Group, before: _Known | None) -> _Known | str:
+    """The rows of a weight, with `before` if that holds still, or why the kernel cannot serve it."""
     grad = param.grad
     assert grad is not None
-    own = [state[name] for name in ("exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "step")]
+    if reason := _missing(param) or cpu.obstacle_of_view(param, grad):
+        return reason
+    options = group["family"], group["neuron_dim"], group["channel_groups"], group["movement_dtype"]
+    made = made_of(param), made_of(grad), _on_gpu(param), options
+    own = [state[name] for name in STATE]
+    if before is not None and before.made == made and all(map(operator.is_, _held(before), own)):
+        return before
     is_vector, axis, channel_groups = _seen_as(param, group)
     rows = _verdict(
         made_of(param),
@@ -216,17 +247,22 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: in
         channel_groups,
         _on_gpu(param),
     )
-    if isinstance(rows, str):
-        return rows
-    if reason := cpu.obstacle_of_view(param, grad):
-        return reason
+    return rows if isinstance(rows, str) else _Known(rows, made, tuple([weakref.ref(held) for held in own]))
+
+
+def _for_kernel(
+    param: Tensor, state: dict[str, Tensor], group: Group, rows: "_Rows", index: int
+) -> AutoNeroTensor:
+    """What the kernel takes."""
     if rows.fan_in == 1:
         kind = ENTRIES
     elif steps_plainly(group):
         kind = PLAIN
     else:
         kind = HIDDEN if group["family"] == "hidden" else TURNING
-    m, v, d, radius, grows_to, step = own
+    m, v, d, radius, grows_to, step = [state[name] for name in STATE]
+    grad = param.grad
+    assert grad is not None
     return AutoNeroTensor(param, grad, m, v, d, radius, grows_to, step, kind, rows.number, rows.fan_in, index)
 
 
@@ -281,8 +317,7 @@ def _verdict(
         return reason
     exact = statistics_dtype(weight.dtype)
     wanted = (exact, exact, movement, exact, exact, torch.float32)
-    names = ("exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "step")
-    for name, dtype, (found, shape, strides, device) in zip(names, wanted, state, strict=True):
+    for name, dtype, (found, shape, strides, device) in zip(STATE, wanted, state, strict=True):
         if found != dtype:
             return f"its {name} is {found}, expected {dtype}"
         if device != weight.device:
