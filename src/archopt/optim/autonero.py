@@ -353,14 +353,13 @@ class AutoNero(ArchOptimizer):
         given = [(group, params) for group, params in given if params]
         if not given or held is None:
             return
-        fused = fused_steps(
-            given, self.state, self._prepared
-        )  # before all else: a refusal must come before anything moves
-        served = {tensor.weight for step in fused for tensor in step.tensors}
+        # Before all else: a refusal must come before anything moves.
+        fused = fused_steps(given, self.state, self._prepared)
+        served = {id(tensor.weight) for step in fused for tensor in step.tensors}
         batches = [
             (group, batch)
             for group, params in given
-            for batch in _batches([p for p in params if p not in served], group)
+            for batch in _batches([p for p in params if id(p) not in served], group)
         ]
         batches.sort(key=lambda batch: not steps_plainly(batch[0]))  # heads read the state of their biases
         if self._unscaled:

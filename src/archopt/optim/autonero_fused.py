@@ -152,7 +152,7 @@ class Prepared:
 
     def __init__(self) -> None:
         self.plans = gpu.Plans()
-        self.known: dict[Tensor, _Known] = {}
+        self.known: dict[int, _Known] = {}  # by the id of a weight: what it holds of is checked anyway
 
 
 def fused_steps(
@@ -173,16 +173,17 @@ def fused_steps(
         for param in params:
             tensors, served_groups = found.setdefault(param.device, ([], []))
             index = indices.get(param.device, len(served_groups))
-            rows = _known(param, states[param], group, known.get(param))
+            state = states[param]
+            rows = _known(param, state, group, known.get(id(param)))
             if isinstance(rows, str):
                 if group["fused"]:
                     refuse("AutoNero", param, rows)
                 continue
-            prepared.known[param] = rows
+            prepared.known[id(param)] = rows
             if param.device not in indices:
                 indices[param.device] = index
                 served_groups.append(group)
-            tensors.append(_for_kernel(param, states[param], group, rows.rows, index))
+            tensors.append(_for_kernel(param, state, group, rows.rows, index))
     return [FusedStep(tensors, of_device, prepared.plans) for tensors, of_device in found.values() if tensors]
 
 
