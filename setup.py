@@ -1,10 +1,11 @@
-"""Builds the CPU kernel beside the package; everything else stands in pyproject.toml.
+"""Builds the CPU kernels beside the package; everything else stands in pyproject.toml.
 
 The library is optional: where no C compiler is found, or it cannot compile it, the package installs without and
 says so (`archopt.kernels.status()`). It is reached by ctypes and needs neither Python's headers nor torch's.
 """
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -16,8 +17,8 @@ FLAGS = "-std=c11 -O3 -g0 -ffp-contract=off -fno-math-errno -fno-trapping-math -
 
 kernel = Extension(
     "archopt.kernels._native",
-    sources=[f"{NATIVE}/nero.c"],
-    depends=["setup.py", *(f"{NATIVE}/{name}.h" for name in ("formats", "formats_of_isa", "nero_rows"))],
+    sources=sorted(glob(f"{NATIVE}/*.c")),
+    depends=["setup.py", *sorted(glob(f"{NATIVE}/*.h"))],
     extra_compile_args=FLAGS.split(),
     extra_link_args=["-pthread"],
     libraries=["m"],
@@ -25,7 +26,7 @@ kernel = Extension(
     optional=True,
 )
 
-# Microsoft's compiler has not the vector types that the kernel is written in.
+# Microsoft's compiler has not the vector types that the kernels are written in.
 setup(
     ext_modules=[] if sys.platform == "win32" else [kernel],
     # The library knows nothing of Python: one wheel serves every version from 3.11 on.

@@ -142,7 +142,9 @@ def agd(label: str, **known: Any) -> Configuration:
         reports=("eta", "gradient_summary"),
         option="gain",
         out_of_range=(("gain", -1.0), ("gain", float("nan"))),
-        exempt={
+        forms=tuple(FORMS),
+        exempt=FUSED_REFUSES
+        | {
             "state_of_another_model_is_refused": "AGD keeps no state: there is nothing to tell two models apart by"
         },
         **known,
@@ -300,6 +302,11 @@ VECTORS_ALONE = {
 }
 
 
+ROWS_APART = "fused=True refuses weights whose rows are not one piece of memory: transposed convolutions"
+AUTONERO_REFUSES = FUSED_REFUSES | {
+    f"layer_trains/fused/{layer}": ROWS_APART
+    for layer in ("ConvTranspose1d", "ConvTranspose2d", "grouped ConvTranspose2d")
+}
 NARROW_MOVEMENT = "the movement is kept in bfloat16, as asked"
 
 
@@ -312,8 +319,9 @@ def autonero(label: str, **known: Any) -> Configuration:
         skipped=lambda optimizer: optimizer.skipped,
         reports=("G",),
         option="feedback_gain",
+        forms=tuple(FORMS),
         out_of_range=(("beta", 1.0), ("feedback_decay", -0.1), ("target_steps", 0), ("limit", float("nan"))),
-        exempt=VECTORS_ALONE | known.pop("exempt", {}),
+        exempt=VECTORS_ALONE | AUTONERO_REFUSES | known.pop("exempt", {}),
         **known,
     )
 

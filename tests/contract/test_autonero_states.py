@@ -476,7 +476,7 @@ def test_wrong_options_are_refused() -> None:
     refused(lambda: AutoNero(model, beta=1.0), ValueError, "beta=1.0")
     refused(lambda: AutoNero(model, target=-0.1), ValueError, "target=-0.1")
     refused(lambda: AutoNero(model, initial_theta=2.0), ValueError, "initial_theta=2.0")
-    refused(lambda: AutoNero(model, fused=True), ValueError, "fused=True")
+    refused(lambda: AutoNero(model, fused=True, foreach=True), ValueError, "at most one")
     refused(
         lambda: AutoNero(module_groups(model), roles={"0": "matrix"}), ValueError, "AutoNero(model, roles"
     )

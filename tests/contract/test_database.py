@@ -7,7 +7,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import archopt
-from configurations import BY_LABEL, CONFIGURATIONS, FUSED_REFUSES, NERO, VECTORS_ALONE
+from configurations import AUTONERO_REFUSES, BY_LABEL, CONFIGURATIONS, FUSED_REFUSES, NERO, VECTORS_ALONE
 from contract.behaviours import BEHAVIOURS
 from contract.behaviours.calling import SCHEDULERS
 from contract.cases import FAMILIES, case_of, is_quick
@@ -71,15 +71,16 @@ def test_our_rules_keep_every_promise_but_those_of_their_mathematics():
         "agd": {"state_of_another_model_is_refused"},
         "agd-gain10": {"state_of_another_model_is_refused"},
         "agd-module": {"state_of_another_model_is_refused"},
-        "autonero": {*VECTORS_ALONE},
+        "autonero": {*VECTORS_ALONE, *AUTONERO_REFUSES},
         # A movement in bfloat16 is what that one is asked for.
         "autonero-bfloat16-movement": {
             *VECTORS_ALONE,
+            *AUTONERO_REFUSES,
             "statistics_of_half_weights_are_float32",
             "load_into_another_dtype_keeps_statistics",
         },
-        "autonero-svd": {*VECTORS_ALONE},
-        "autonero-unit": {*VECTORS_ALONE, "second_construction_keeps_bits"},
+        "autonero-svd": {*VECTORS_ALONE, *AUTONERO_REFUSES},
+        "autonero-unit": {*VECTORS_ALONE, *AUTONERO_REFUSES, "second_construction_keeps_bits"},
         "madam": {"zero_weights_wake"},
         "madam-sum": {
             "zero_weights_wake",

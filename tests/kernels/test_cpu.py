@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from archopt import AGD, Nero, kernels
-from archopt.kernels import cpu
+from archopt import Lamb, Nero, kernels
+from archopt.kernels import cpu, cpu_nero
 from archopt.neurons import fan_in_dims
 from archopt.optim import nero_fused
 from archopt.optim.nero import nero_update
@@ -358,9 +358,9 @@ def test_gradients_that_cannot_be_served_are_refused_before_anything_moves(grad,
 @with_kernel
 def test_none_takes_the_kernel_for_what_it_serves_and_another_form_for_the_rest(monkeypatch) -> None:
     served = []
-    call = cpu.nero
+    call = cpu_nero.nero
     monkeypatch.setattr(
-        cpu, "nero", lambda tensors, **options: (served.extend(tensors), call(tensors, **options))
+        cpu_nero, "nero", lambda tensors, **options: (served.extend(tensors), call(tensors, **options))
     )
     plain, gaps = nn.Parameter(random(4, 3)), nn.Parameter(random(4, 6)[:, ::2])
     optimizer = Nero([plain, gaps])
@@ -384,7 +384,7 @@ def test_two_forms_at_once_are_refused() -> None:
 
 
 def test_rules_without_a_kernel_refuse_it() -> None:
-    assert "no fused form" in refusal(lambda: AGD([nn.Parameter(random(4, 3))], fused=True))
+    assert "no fused form" in refusal(lambda: Lamb([nn.Parameter(random(4, 3))], fused=True))
 
 
 @with_kernel

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from archopt import kernels
 from archopt.optim.agd import AGD
 
-FORMS = pytest.mark.parametrize("foreach", [False, True], ids=["plain", "foreach"])
+forms = {"plain": {"foreach": False}, "foreach": {"foreach": True}}
+if kernels.status()["cpu"].available:  # tests/kernels says so where it is not
+    forms["fused"] = {"fused": True}
+FORMS = pytest.mark.parametrize("form", forms.values(), ids=forms)
 
 
 def step(weights: list[Tensor], grads: list[Tensor | None], optimizer: AGD | None = None) -> AGD:

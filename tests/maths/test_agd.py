@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from archopt.optim.agd import AGD, agd_step_size
-from maths.agd_cases import FORMS, bits, params, step
+from maths.agd_cases import FORMS, bits, forms, params, step
 from reference.agd import Block, agd_step
 
 # 2304.05187's rule on three tensors, three steps: s*sum of norms of A, B, C; then G and eta.
@@ -84,10 +84,10 @@ class Worked(nn.Module):
 @pytest.mark.parametrize("constructor", ["parameters", "module"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-6)])
 def test_worked_numbers_of_the_published_rule(
-    dtype: torch.dtype, tolerance: float, constructor: str, foreach: bool
+    dtype: torch.dtype, tolerance: float, constructor: str, form: dict[str, bool]
 ) -> None:
     model = Worked(dtype)
-    optimizer = AGD(model if constructor == "module" else model.parameters(), foreach=foreach)
+    optimizer = AGD(model if constructor == "module" else model.parameters(), **form)
     for t in (1, 2, 3):
         model.set_gradients(t)
         optimizer.step()
@@ -102,12 +102,14 @@ def test_worked_numbers_of_the_published_rule(
 
 @FORMS
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_equals_the_reference_over_60_steps(dtype: torch.dtype, tolerance: float, foreach: bool) -> None:
+def test_equals_the_reference_over_60_steps(
+    dtype: torch.dtype, tolerance: float, form: dict[str, bool]
+) -> None:
     shapes = [(4, 3), (2, 5), (3, 2, 3), (4, 2, 2, 3), (2, 3, 2, 1, 2), (1, 4), (3, 1)]
     weights = params(*shapes, dtype=dtype)
     blocks = [Block("published") for _ in shapes]
     expected = [weight.detach().clone().to(torch.float64) for weight in weights]
-    optimizer = AGD(weights, gain=1.5, foreach=foreach)
+    optimizer = AGD(weights, gain=1.5, **form)
     for t in range(60):
         grads: list[Tensor | None] = [torch.randn_like(weight) * 10.0 ** (t % 5 - 3) for weight in weights]
         grads[t % 3] = None if t % 4 == 1 else grads[t % 3]  # rows that sleep and wake
@@ -162,13 +164,13 @@ def test_step_size_is_monotone_and_solves_its_equation() -> None:
 
 
 @FORMS
-def test_rescaling_the_loss_changes_nothing_but_the_step_size(foreach: bool) -> None:
+def test_rescaling_the_loss_changes_nothing_but_the_step_size(form: dict[str, bool]) -> None:
     shapes = [(4, 3), (2, 3, 2, 2)]
     start, grads = params(*shapes), [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     moves, summaries = [], []
     for scale in (1.0, 37.0):
         weights = [nn.Parameter(weight.detach().clone()) for weight in start]
-        optimizer = step(weights, [scale * grad for grad in grads], AGD(weights, foreach=foreach))
+        optimizer = step(weights, [scale * grad for grad in grads], AGD(weights, **form))
         moves.append([(w.detach() - s.detach()) / optimizer.eta for w, s in zip(weights, start, strict=True)])
         summaries.append(optimizer.gradient_summary / scale)
     torch.testing.assert_close(moves[0], moves[1], rtol=1e-12, atol=1e-15)
@@ -186,10 +188,10 @@ def test_rescaling_one_gradient_changes_the_others_by_the_step_size_alone() -> N
 
 
 @FORMS
-def test_a_step_has_the_size_that_the_radius_says(foreach: bool) -> None:
+def test_a_step_has_the_size_that_the_radius_says(form: dict[str, bool]) -> None:
     weights = params((5, 3), (4, 2, 3, 2))
     before = [weight.detach().clone() for weight in weights]
-    optimizer = AGD(weights, gain=3.0, foreach=foreach)
+    optimizer = AGD(weights, gain=3.0, **form)
     optimizer.param_groups[0]["lr"] = 0.5
     step(weights, [torch.randn_like(weight) for weight in weights], optimizer)
     unit = 3.0 * 0.5 * float(optimizer.eta) / 2
@@ -224,7 +226,7 @@ def test_maximize_ascends() -> None:
 
 
 @FORMS
-def test_strided_weights_step_as_contiguous_ones(foreach: bool) -> None:
+def test_strided_weights_step_as_contiguous_ones(form: dict[str, bool]) -> None:
     shapes = [(4, 3), (4, 3, 2, 2)]
     plain = params(*shapes)
     strided = [
@@ -232,24 +234,26 @@ def test_strided_weights_step_as_contiguous_ones(foreach: bool) -> None:
         nn.Parameter(plain[1].detach().clone(memory_format=torch.channels_last)),
     ]
     assert not any(weight.is_contiguous() for weight in strided)
-    grads: list[Tensor | None] = [torch.randn(shape).double() for shape in shapes]
-    step(plain, grads, AGD(plain, foreach=foreach))
-    step(strided, grads, AGD(strided, foreach=foreach))
+    grads = [torch.randn(shape).double() for shape in shapes]
+    step(plain, grads, AGD(plain, **form))
+    alike = [torch.empty_like(weight).copy_(grad) for weight, grad in zip(strided, grads, strict=True)]
+    step(strided, alike, AGD(strided, **form))
     torch.testing.assert_close([w.detach() for w in plain], [w.detach() for w in strided])
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 2), (4, 3, 2, 2)])
-def test_foreach_equals_the_plain_form_for_every_norm(shape: tuple[int, ...]) -> None:
+def test_every_form_equals_the_plain_one_for_every_norm(shape: tuple[int, ...]) -> None:
     for norm in ("frobenius", "filters", "rows", "rms", "max"):
         if len(shape) < 2 and norm in ("frobenius", "filters"):
             continue
-        twins = params(shape, dtype=torch.float32)
-        twins.append(nn.Parameter(twins[0].detach().clone()))
+        (weight,) = params(shape, dtype=torch.float32)
+        twins = [nn.Parameter(weight.detach().clone()) for _ in forms]
         grad = torch.randn(shape)
-        for weight, foreach in zip(twins, (False, True), strict=True):
-            step([weight], [grad], AGD([{"params": [weight], "norm": norm}], foreach=foreach))
+        for twin, form in zip(twins, forms.values(), strict=True):
+            step([twin], [grad], AGD([{"params": [twin], "norm": norm}], **form))
         # The forms multiply the same factors in another order: a few roundings of the step.
-        torch.testing.assert_close(twins[0].detach(), twins[1].detach(), rtol=1e-6, atol=1e-6)
+        for twin in twins[1:]:
+            torch.testing.assert_close(twin.detach(), twins[0].detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_the_step_compiles_to_one_graph_and_does_not_recompile() -> None:
@@ -404,7 +408,7 @@ def test_parameters_without_two_dimensions_are_refused_and_the_remedy_named(shap
         ({"slices": 2, "groups": 2}, ValueError, "only one of them"),
         ({"neuron_dim": 2}, ValueError, "neuron_dim=2"),
         ({"norm": "rows", "neuron_dim": 2}, ValueError, "neuron_dim=2 does not fit"),
-        ({"fused": True}, ValueError, "fused=True"),
+        ({"fused": True, "foreach": True}, ValueError, "expected at most one"),
         ({"maximize": 1}, TypeError, "maximize=1"),
         ({"error_if_nonfinite": None}, TypeError, "error_if_nonfinite=None"),
         ({"shares": 1}, TypeError, "did you mean 'share'"),

@@ -9,7 +9,7 @@ from maths.agd_cases import FORMS, bits, params, step
 
 
 @FORMS
-def test_what_has_no_gradient_keeps_every_bit(foreach: bool) -> None:
+def test_what_has_no_gradient_keeps_every_bit(form: dict[str, bool]) -> None:
     weights = params((4, 3), (2, 3, 2, 1), (3, 3), (2, 2), dtype=torch.float32)
     with torch.no_grad():
         for weight in weights:
@@ -18,7 +18,7 @@ def test_what_has_no_gradient_keeps_every_bit(foreach: bool) -> None:
     moving, tap = torch.randn(4, 3), torch.randn(2, 3, 2, 1)
     moving[0] = -0.0
     tap[:, :, 1] = 0.0
-    step(weights, [moving, tap, torch.full((3, 3), -0.0), None], AGD(weights, foreach=foreach))
+    step(weights, [moving, tap, torch.full((3, 3), -0.0), None], AGD(weights, **form))
     assert (weights[0].detach() != before[0])[1:].all()
     assert (weights[1].detach() != before[1])[:, :, 0].all()
     for kept, old in [
@@ -31,10 +31,10 @@ def test_what_has_no_gradient_keeps_every_bit(foreach: bool) -> None:
 
 
 @FORMS
-def test_all_zero_gradients_move_nothing(foreach: bool) -> None:
+def test_all_zero_gradients_move_nothing(form: dict[str, bool]) -> None:
     weights = params((4, 3), (2, 3, 2, 1))
     before = [bits(weight) for weight in weights]
-    optimizer = step(weights, [torch.zeros_like(w) for w in weights], AGD(weights, foreach=foreach))
+    optimizer = step(weights, [torch.zeros_like(w) for w in weights], AGD(weights, **form))
     assert [bits(weight) for weight in weights] == before
     assert float(optimizer.eta) == 0 == float(optimizer.gradient_summary)
     assert int(optimizer.skipped_steps) == 0
@@ -42,12 +42,14 @@ def test_all_zero_gradients_move_nothing(foreach: bool) -> None:
 
 @FORMS
 @pytest.mark.parametrize("option", ["lr", "gain"])
-def test_zero_rate_or_gain_keeps_every_bit_and_reports_the_step_size(option: str, foreach: bool) -> None:
+def test_zero_rate_or_gain_keeps_every_bit_and_reports_the_step_size(
+    option: str, form: dict[str, bool]
+) -> None:
     weights = params((4, 3), (2, 3, 2, 1), dtype=torch.float32)
     with torch.no_grad():
         weights[0].fill_(-0.0)
     before = [bits(weight) for weight in weights]
-    optimizer = AGD(weights, foreach=foreach)
+    optimizer = AGD(weights, **form)
     optimizer.param_groups[0][option] = 0.0
     step(weights, [torch.randn_like(weight) for weight in weights], optimizer)
     assert [bits(weight) for weight in weights] == before
@@ -56,16 +58,16 @@ def test_zero_rate_or_gain_keeps_every_bit_and_reports_the_step_size(option: str
 
 @FORMS
 @pytest.mark.parametrize("tiny", [1e-18, 1e-30, 1e-40])
-def test_tiny_gradients_beside_ordinary_ones_take_steps_of_the_same_size(tiny: float, foreach: bool) -> None:
+def test_tiny_gradients_beside_ordinary_ones_take_steps_of_the_same_size(
+    tiny: float, form: dict[str, bool]
+) -> None:
     weights = params((4, 3), (4, 3), (2, 3, 2, 1), dtype=torch.float32)
     with torch.no_grad():
         for weight in weights:
             weight.zero_()  # so that the step can be read off exactly
     conv = torch.ones(2, 3, 2, 1)
     conv[:, :, 1] = tiny
-    optimizer = step(
-        weights, [torch.ones(4, 3), torch.full((4, 3), tiny), conv], AGD(weights, foreach=foreach)
-    )
+    optimizer = step(weights, [torch.ones(4, 3), torch.full((4, 3), tiny), conv], AGD(weights, **form))
     unit = float(optimizer.eta) / 3
     for weight in weights[:2]:
         assert float(weight.detach().norm()) == pytest.approx(unit * (4 / 3) ** 0.5, rel=1e-5)
@@ -81,10 +83,10 @@ def test_tiny_gradients_beside_ordinary_ones_take_steps_of_the_same_size(tiny: f
 
 @FORMS
 @pytest.mark.parametrize("huge", [1e18, 1e30, 3e38])
-def test_huge_finite_gradients_neither_overflow_nor_void_the_step(huge: float, foreach: bool) -> None:
+def test_huge_finite_gradients_neither_overflow_nor_void_the_step(huge: float, form: dict[str, bool]) -> None:
     weights = params((4, 3), (2, 3, 2, 1), dtype=torch.float32)
     start = [weight.detach().clone() for weight in weights]
-    optimizer = step(weights, [torch.full_like(w, huge) for w in weights], AGD(weights, foreach=foreach))
+    optimizer = step(weights, [torch.full_like(w, huge) for w in weights], AGD(weights, **form))
     assert int(optimizer.skipped_steps) == 0
     moved = (weights[0].detach().double() - start[0].double()).norm()
     assert float(moved) == pytest.approx(float(optimizer.eta) / 2 * (4 / 3) ** 0.5, rel=1e-4)
@@ -92,12 +94,14 @@ def test_huge_finite_gradients_neither_overflow_nor_void_the_step(huge: float, f
 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_take_the_float32_step_rounded_once(dtype: torch.dtype, foreach: bool) -> None:
+def test_half_precision_weights_take_the_float32_step_rounded_once(
+    dtype: torch.dtype, form: dict[str, bool]
+) -> None:
     weights = params((64, 48), (8, 6, 3, 3), dtype=dtype)
     wide = [nn.Parameter(weight.detach().float()) for weight in weights]
     grads: list[Tensor | None] = [(torch.randn_like(w) * 300).to(dtype) for w in weights]
-    one = step(weights, grads, AGD(weights, foreach=foreach))
-    other = step(wide, [grad.float() for grad in grads if grad is not None], AGD(wide, foreach=foreach))
+    one = step(weights, grads, AGD(weights, **form))
+    other = step(wide, [grad.float() for grad in grads if grad is not None], AGD(wide, **form))
     torch.testing.assert_close(one.eta, other.eta, rtol=1e-12, atol=0)
     for half, full in zip(weights, wide, strict=True):
         assert torch.equal(half.detach(), full.detach().to(dtype))
@@ -112,14 +116,14 @@ def test_a_large_float16_gradient_does_not_overflow() -> None:
 
 @FORMS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_nonfinite_gradient_voids_the_whole_step_and_is_counted(bad: float, foreach: bool) -> None:
+def test_a_nonfinite_gradient_voids_the_whole_step_and_is_counted(bad: float, form: dict[str, bool]) -> None:
     weights = params((4, 3), (2, 3, 2, 1), (3, 3), dtype=torch.float32)
     with torch.no_grad():
         weights[2].fill_(-0.0)
     before = [bits(weight) for weight in weights]
     grads = [torch.randn_like(weight) for weight in weights]
     grads[1][1, 2, 0, 0] = bad
-    optimizer = step(weights, grads, AGD(weights, foreach=foreach))
+    optimizer = step(weights, grads, AGD(weights, **form))
     step(weights, grads, optimizer)
     assert [bits(weight) for weight in weights] == before
     assert int(optimizer.skipped_steps) == 2

@@ -122,12 +122,12 @@ def block_norm(block: Block, change: Tensor) -> float:
 
 
 @FORMS
-def test_every_role_equals_the_reference(foreach: bool) -> None:
+def test_every_role_equals_the_reference(form: dict[str, bool]) -> None:
     model = Zoo()
     blocks = zoo_blocks(model)
     named = dict(model.named_parameters())
     assert named.keys() == blocks.keys()
-    optimizer = AGD(model, gain=1.5, foreach=foreach)
+    optimizer = AGD(model, gain=1.5, **form)
     expected = [param.detach().clone() for param in named.values()]
     for t in range(4):
         set_gradients(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from archopt import AutoNero
+from archopt import AutoNero, kernels
 from reference.autonero import Reference, Variable, matrix_rows
 
 WORKED = {
@@ -80,6 +80,18 @@ DERIVATION = {"head": "turn", "radius_exponent": 0.5, "initial_theta": 0.01}
 RADII = {"W": "4.61259431574 3.22778342402", "H": "0.22108513215 0.494675878578"}
 
 
+KERNEL = kernels.status()["cpu"]
+FORMS = [
+    pytest.param({"foreach": False}, id="plain"),
+    pytest.param({"foreach": True}, id="foreach"),
+    pytest.param(
+        {"fused": True},
+        id="fused",
+        marks=pytest.mark.skipif(not KERNEL.available, reason=f"no CPU kernel: {KERNEL.detail}"),
+    ),
+]
+
+
 def assert_numbers(tensor: Tensor, text: str) -> None:
     """Equal to 1e-10 to numbers printed with 12 significant digits."""
     actual, expected = tensor.detach().flatten().tolist(), [float(word) for word in text.split()]
@@ -93,10 +105,10 @@ def worked_model() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_worked_numbers(foreach: bool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_worked_numbers(form: dict[str, bool]) -> None:
     model = worked_model()
-    optimizer = AutoNero(model, roles=ROLES, orthogonalise="svd", foreach=foreach, **DERIVATION)
+    optimizer = AutoNero(model, roles=ROLES, orthogonalise="svd", **form, **DERIVATION)
     assert_numbers(model.E, START)
     size = 0.0
     for t, (gradients, expected) in enumerate(zip(GRADIENTS, EXPECTED, strict=True), start=1):
@@ -219,19 +231,13 @@ def rate(t: int) -> float:
     return 0.0 if t in (12, 13) else 6 / (1 + 0.05 * t)
 
 
+@pytest.mark.parametrize("form", [*FORMS[:2], pytest.param({}, id="default")])
 @pytest.mark.parametrize(
-    ("foreach", "theta", "derivation", "biased"),
-    [
-        (False, 0.05, False, True),
-        (True, 0.05, False, True),
-        (True, 0.01, False, False),
-        (True, 1e-5, False, True),
-        (False, 0.05, True, True),
-        (True, 0.05, True, True),
-    ],
+    ("theta", "derivation", "biased"),
+    [(0.05, False, True), (0.01, False, False), (1e-5, False, True), (0.05, True, True)],
 )
 def test_sixty_steps_follow_the_reference(
-    foreach: bool, theta: float, derivation: bool, biased: bool
+    form: dict[str, bool], theta: float, derivation: bool, biased: bool
 ) -> None:
     model = Zoo().double()
     if not biased:
@@ -250,7 +256,7 @@ def test_sixty_steps_follow_the_reference(
         derivation=derivation,
     )
     options = {**(DERIVATION if derivation else {}), "initial_theta": theta}
-    optimizer = AutoNero(model, orthogonalise="svd", foreach=foreach, **options)
+    optimizer = AutoNero(model, orthogonalise="svd", **form, **options)
     young = {"zeros.weight": 0, "positions.weight": 0}
     for t in range(STEPS):
         random_gradients(model, t)

@@ -5,10 +5,12 @@ None takes a kernel for every tensor that one can serve and another form for the
 served, with the reason; False takes none.
 
     cpu     Nero on the CPU: a small library of C, built with the package where a C compiler was present
+    gpu     Nero on the GPU: Triton, which torch's CUDA builds bring along; compiled at the first step
 """
 
 from archopt.kernels.cpu import Status
 from archopt.kernels.cpu import status as _cpu_status
+from archopt.kernels.gpu import status as _gpu_status
 
 __all__ = ["Status", "status"]
 
@@ -19,8 +21,8 @@ def status() -> dict[str, Status]:
     Example:
         >>> from archopt import kernels
         >>> sorted(kernels.status())
-        ['cpu']
+        ['cpu', 'gpu']
         >>> bool(kernels.status()["cpu"].detail)
         True
     """
-    return {"cpu": _cpu_status()}
+    return {"cpu": _cpu_status(), "gpu": _gpu_status()}

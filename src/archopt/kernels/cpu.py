@@ -1,12 +1,12 @@
-"""The CPU kernel: finding the compiled library, what it can serve, and calling it.
+"""The CPU kernels: finding the compiled library, calling it, and what it can serve.
 
-The library (native/nero.c) takes raw pointers and knows neither Python nor torch, so one build serves every version
-of both. It is loaded at the first step that asks for it. `import archopt` neither needs nor touches it.
+The library (native/) takes raw pointers and knows neither Python nor torch, so one build serves every version of
+both. It is loaded at the first step that asks for it. `import archopt` neither needs nor touches it. Each kernel
+has its own module beside this one: `cpu_nero`, `cpu_agd`.
 """
 
 import ctypes
 import functools
-from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-INTERFACE = 1  # of the library; native/nero.c has the same number
+INTERFACE = 2  # of the library; native/shared.h has the same number
 BUILD = (
     "install archopt again with gcc or clang at hand (pip's --force-reinstall --no-cache-dir --no-deps), or run "
     "python setup.py build_ext --inplace in a clone"
@@ -31,15 +31,13 @@ class Status(NamedTuple):
 
 
 class _Library(NamedTuple):
-    nero: "ctypes._FuncPointer"
-    instructions: tuple[
-        str, ...
-    ]  # that the processor has, the best one last; positions are the kernel's numbers
+    functions: ctypes.CDLL
+    instructions: tuple[str, ...]  # that the processor has, the best one last; positions are their numbers
     parallel: int  # address of the entry of torch's OpenMP runtime, or 0
 
 
 def status() -> Status:
-    """Whether the CPU kernel can be used, with which instruction set and threads, or why not."""
+    """Whether the CPU kernels can be used, with which instruction set and threads, or why not."""
     found = _library()
     if isinstance(found, str):
         return Status(False, found)
@@ -64,19 +62,7 @@ def _library() -> _Library | str:
     names: list[str] = []
     while (name := library.archopt_instructions(len(names))) is not None:
         names.append(name.decode())
-    library.archopt_nero.argtypes = [
-        ctypes.c_void_p,  # the table of tensors
-        ctypes.c_int64,  # how many
-        ctypes.c_double,  # lr
-        ctypes.c_double,  # beta
-        ctypes.c_int32,  # zero_mean
-        ctypes.c_int32,  # unit_norm
-        ctypes.c_int32,  # maximize
-        ctypes.c_int32,  # instruction set
-        ctypes.c_int32,  # threads
-        ctypes.c_void_p,  # GOMP_parallel, or NULL
-    ]
-    return _Library(library.archopt_nero, tuple(names), _openmp_of_torch())
+    return _Library(library, tuple(names), _openmp_of_torch())
 
 
 def _openmp_of_torch() -> int:
@@ -95,7 +81,24 @@ def _openmp_of_torch() -> int:
         return 0
 
 
-# -- what the kernel can serve -----------------------------------------------------------------------------
+def call(name: str, types: Sequence[type], *arguments: object) -> int:
+    """Calls a kernel: `arguments` of ctypes' `types`, then instruction set, threads and torch's OpenMP runtime.
+
+    It takes the best instruction set of the processor and torch's number of threads; neither changes a bit.
+    Raises RuntimeError where the library is not there (see `status`).
+    """
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"the CPU kernel cannot be used: {library}")
+    function = getattr(library.functions, name)
+    if function.argtypes is None:
+        function.argtypes = [*types, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
+    best = len(library.instructions) - 1
+    result: int = function(*arguments, best, torch.get_num_threads(), library.parallel)
+    return result
+
+
+# -- what a kernel can serve -------------------------------------------------------------------------------
 
 
 class Layout(NamedTuple):
@@ -197,60 +200,3 @@ def is_contiguous(memory: Memory) -> bool:
 def _strides(memory: Memory) -> list[int]:
     """Strides that matter: of dimensions with more than one entry."""
     return [stride for size, stride in zip(memory.shape, memory.strides) if size != 1]
-
-
-# -- the call ----------------------------------------------------------------------------------------------
-
-
-class NeroTensor(NamedTuple):
-    """A weight with its gradient and Nero's state, all on the CPU, as the kernel wants them."""
-
-    weight: Tensor
-    grad: Tensor
-    exp_avg_sq: Tensor
-    scale: Tensor
-    step: Tensor
-    turn: Tensor
-    skipped: Tensor
-    layout: Layout
-
-
-def nero(
-    tensors: Sequence[NeroTensor],
-    *,
-    lr: float,
-    beta: float,
-    zero_mean: bool,
-    unit_norm: bool,
-    maximize: bool,
-) -> None:
-    """Nero's step for all tensors, in place; `step` is advanced already.
-
-    It takes the best instruction set of the processor and torch's number of threads; neither changes a bit.
-
-    Raises RuntimeError where the library is not there (see `status`) and MemoryError.
-    """
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(f"the CPU kernel cannot be used: {library}")
-    table = array("q")
-    for t in tensors:
-        pointers = (t.weight, t.grad, t.exp_avg_sq, t.scale, t.step, t.turn, t.skipped)
-        table.extend([tensor.data_ptr() for tensor in pointers])
-        table.append(FORMATS[t.weight.dtype])
-        table.extend(t.layout)
-    failed = library.nero(
-        table.buffer_info()[0],
-        len(tensors),
-        lr,
-        beta,
-        zero_mean,
-        unit_norm,
-        maximize,
-        len(library.instructions) - 1,
-        torch.get_num_threads(),
-        library.parallel,
-    )
-    if failed:
-        raise MemoryError(f"no memory for the table of {len(tensors)} tensors; nothing moved")
-    torch.autograd.graph.increment_version([t.weight for t in tensors])

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from archopt.kernels.cpu_agd import AGDTensor
 from archopt.optim import oracles
+from archopt.optim.agd_fused import fused_agd, served, unserved
 from archopt.optim.base import (
     ArchOptimizer,
     Params,
@@ -83,8 +85,10 @@ class AGD(ArchOptimizer):
         error_if_nonfinite: raise RuntimeError at a gradient that is not finite, before anything moves; costs
             one synchronisation a step. By default such a step is void and counted in `skipped_steps`.
         maximize: ascend instead.
-        foreach: batch operations over tensors, for a copy of the gradients during the step; None means True.
-        fused: no fused form yet; True is refused.
+        foreach: batch operations over tensors, for a copy of the gradients during the step; None means True where
+            no kernel serves.
+        fused: two calls of a kernel for all tensors (`archopt.kernels.status`; CPU alone so far). None, with
+            foreach=None, takes it for every tensor that it serves. True refuses the others, with the reason.
         capturable: accepted as in torch's optimisers; a step never reads the device in any case.
 
     Options of a group, with the values of AGD(params): lr=1.0 (a multiplier for schedulers, not a knob),
@@ -173,11 +177,15 @@ class AGD(ArchOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "gain"):
             check_range("AGD", name, group[name], low=0.0)
-        check_forms("AGD", group)
+        check_forms("AGD", group, has_fused=True)
         oracles.check_group(group)
+        for item in group["params"] if group["fused"] else []:
+            param = item[1] if isinstance(item, tuple) else item
+            if isinstance(param, Tensor) and param.requires_grad and param.numel() > 0:
+                unserved(param, group)
 
-    def _blocks(self) -> tuple[list[Block], list[Block]]:
-        """The parameters that have a gradient, for the plain and for the foreach form.
+    def _blocks(self) -> tuple[list[Block], list[Block], list[AGDTensor]]:
+        """The parameters that have a gradient, for the plain, the foreach and the fused form.
 
         Those without one keep their share reserved: ranks and steps must not differ by which gradients exist.
         """
@@ -185,6 +193,7 @@ class AGD(ArchOptimizer):
         total = sum(len(params) * g["share"] * g["uses"] * g["slices"] for g, params in groups)
         plain: list[Block] = []
         batched: list[Block] = []
+        fused: list[AGDTensor] = []
         for group, params in groups:
             params = [param for param in params if param.grad is not None]
             lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else None
@@ -196,14 +205,20 @@ class AGD(ArchOptimizer):
                 parts = oracles.parts_of(param.shape, group)
                 reach = group["share"] / total * oracles.radius_of(param.shape, group) * parts.length
                 weight, grad = parts.view(param), parts.view(param.grad)
-                blocks.append(Block(weight, grad, parts.dims, reach, pace, lr))
-        return plain, batched
+                layout = served(param, weight, grad, parts.dims, group)
+                if layout is None:
+                    blocks.append(Block(weight, grad, parts.dims, reach, pace, lr))
+                else:
+                    fused.append(AGDTensor(weight, grad, layout, reach, pace, lr))
+        return plain, batched, fused
 
     def _update(self) -> None:
-        plain, batched = self._blocks()
-        plain_terms, plain_moves = _single_tensor_agd(plain)
-        batched_terms, batched_moves = _foreach_agd(batched)
-        terms = plain_terms + batched_terms
+        plain, batched, fused = self._blocks()
+        terms: list[Tensor] = []
+        moves: list[Move] = []
+        for more_terms, more_moves in (_single_tensor_agd(plain), _foreach_agd(batched), fused_agd(fused)):
+            terms += more_terms
+            moves += more_moves
         home = self._home()
         if self._eta.device != home:  # the model was moved
             self._reset_report()
@@ -212,7 +227,7 @@ class AGD(ArchOptimizer):
         if any(group["error_if_nonfinite"] for group in self.param_groups) and not bool(finite):
             raise RuntimeError(self._nonfinite_message())
         eta = torch.where(finite, agd_step_size(summary), 0.0)
-        for move in plain_moves + batched_moves:
+        for move in moves:
             move(eta)
         self._eta.copy_(eta)
         self._gradient_summary.copy_(summary)

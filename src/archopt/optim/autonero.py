@@ -4,13 +4,14 @@ The equations, and the pure functions that are them, stand in `archopt.optim.aut
 `docs/autonero.md`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from archopt.neurons import as_rows, fan_in_dims, row_norm
+from archopt.neurons import as_rows, row_norm
+from archopt.optim.autonero_fused import fused_steps, unserved
 from archopt.optim.autonero_rule import (
     GROWN_NORM,
     THETA_RANGE,
@@ -19,6 +20,18 @@ from archopt.optim.autonero_rule import (
     feedback_update,
     rows_update,
     vector_update,
+)
+from archopt.optim.autonero_tensors import (
+    JOINED_ENTRIES,
+    MOVEMENT_DTYPES,
+    bias_name,
+    check_blocks,
+    dims_of,
+    first_radius,
+    movement_dtype,
+    rows_of,
+    scale_,
+    steps_plainly,
 )
 from archopt.optim.base import (
     ArchOptimizer,
@@ -31,7 +44,7 @@ from archopt.optim.base import (
     statistics_like,
     takes_foreach,
 )
-from archopt.optim.matrices import join, median_of_positive, part, scale_rows_
+from archopt.optim.matrices import join, median_of_positive, part
 from archopt.optim.orthogonalise import METHODS
 from archopt.roles import Overrides, Role, group_by_treatment, parameter_roles
 
@@ -39,11 +52,8 @@ FAMILIES = ("hidden", "head", "embedding", "vector")
 RADII = ("own", "unit", "rms")
 EMBEDDING_RADII = (*RADII, "grow")
 HEADS = ("plain", "turn")
-MOVEMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARED = ("feedback_decay", "feedback_gain", "target", "target_steps", "bound", "initial_theta", "limit")
 """Options of the one feedback that all groups share: they must agree between groups."""
-
-FOREACH_ENTRIES = 2**24  # entries joined at a time in the foreach form: bounds its transient memory
 
 
 class AutoNero(ArchOptimizer):
@@ -76,8 +86,9 @@ class AutoNero(ArchOptimizer):
             which takes 2 bytes a weight less. Only the feedback reads it.
         roles: overrides, pattern of a parameter's name -> role (see `parameter_roles`).
         maximize: ascend instead.
-        foreach: join tensors of equal shape, and vectors; None chooses (True).
-        fused: no fused form yet; True is refused.
+        foreach: join tensors of equal shape, and vectors; None chooses (True) where no kernel serves.
+        fused: passes of a kernel over all tensors (`archopt.kernels.status`). None, with foreach=None, takes them
+            for every tensor that they serve. True refuses the others, with the reason.
         capturable: for torch's own check under CUDA graphs; the step never waits for the device anyway.
 
     Construction changes embeddings (see `embedding_radius`) and nothing else. Rows of norm 0, such as padding, are
@@ -230,7 +241,7 @@ class AutoNero(ArchOptimizer):
         check_choice("AutoNero", "orthogonalise", group["orthogonalise"], METHODS)
         check_choice("AutoNero", "movement_dtype", group["movement_dtype"], MOVEMENT_DTYPES)
         check_choice("AutoNero", "family", group["family"], FAMILIES)
-        check_forms("AutoNero", group)
+        check_forms("AutoNero", group, has_fused=True)
         for name in SHARED if self.param_groups else ():
             if group[name] != (first := self.param_groups[0][name]):
                 raise ValueError(
@@ -240,13 +251,15 @@ class AutoNero(ArchOptimizer):
         for item in group["params"]:
             param = item[1] if isinstance(item, tuple) else item
             if isinstance(param, Tensor):
-                _check_blocks(param, group)
+                check_blocks(param, group)
+                if group["fused"] and param.requires_grad and param.numel() > 0:
+                    unserved(param, group)
 
     def _constrain_group(self, group: dict[str, Any]) -> None:
         for param in self._trainable(group):
-            if _first_radius(group) in ("unit", "rms") and _dims(param, group):
+            if first_radius(group) in ("unit", "rms") and dims_of(param, group):
                 self._unscaled = [*self._unscaled, (param, param.detach().clone())]
-                _scale_(param, group)
+                scale_(param, group)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -257,7 +270,7 @@ class AutoNero(ArchOptimizer):
         for param, before in self._unscaled:
             if param in groups and self.state.get(param):
                 scaled = before.clone()
-                _scale_(scaled, groups[param])
+                scale_(scaled, groups[param])
                 if torch.equal(param, scaled):  # nothing has moved or loaded it since
                     param.copy_(before)
         self._unscaled = []
@@ -268,16 +281,16 @@ class AutoNero(ArchOptimizer):
         state = {
             "step": torch.zeros((), dtype=torch.float32, device=param.device),
             "exp_avg": zeros,
-            "movement": torch.zeros_like(zeros, dtype=_movement_dtype(exact, group)),
+            "movement": torch.zeros_like(zeros, dtype=movement_dtype(exact, group)),
             "feedback": self._new_feedback(),
         }
-        if dims := _dims(param, group):
+        if dims := dims_of(param, group):
             norm = row_norm(as_rows(param.detach(), group["channel_groups"]), dims)
             rms_1 = (param.numel() / norm.numel()) ** 0.5
             grown = torch.full_like(norm, rms_1 if group["family"] == "embedding" else GROWN_NORM)
-            if _steps_plainly(group):
+            if steps_plainly(group):
                 grows_to = torch.zeros_like(norm)
-            elif _first_radius(group) == "grow":
+            elif first_radius(group) == "grow":
                 grows_to = torch.where(norm < grown, grown, 0.0)
             else:
                 grown = torch.where((norm > 0).any(), median_of_positive(norm), grown)
@@ -329,44 +342,49 @@ class AutoNero(ArchOptimizer):
     # -- the step ------------------------------------------------------------------------------------------
 
     def _update(self) -> None:
-        batches = [(group, batch) for group in self.param_groups for batch in self._batches(group)]
-        batches.sort(key=lambda batch: not _steps_plainly(batch[0]))  # heads read the state of their biases
         held = self._held_feedback()
-        if not batches or held is None:
+        given = [(g, [p for p in self._trainable(g) if p.grad is not None]) for g in self.param_groups]
+        given = [(group, params) for group, params in given if params]
+        if not given or held is None:
             return
+        fused = fused_steps(given, self.state)  # before all else: a refusal must come before anything moves
+        served = {tensor.weight for step in fused for tensor in step.tensors}
+        batches = [
+            (group, batch)
+            for group, params in given
+            for batch in _batches([p for p in params if p not in served], group)
+        ]
+        batches.sort(key=lambda batch: not steps_plainly(batch[0]))  # heads read the state of their biases
         if self._unscaled:
             if self._stepped:
                 self._unscaled = []
             self._stepped = True
         home, shared = held.device, self.param_groups[0]
-        measures = [self._measure(batch, group) for group, batch in batches]
+        measures = [step.measure(held.dtype) for step in fused]
+        measures += [self._measure(batch, group) for group, batch in batches]
         norm = torch.linalg.vector_norm(torch.stack([norm.to(home) for norm, _ in measures]))
         product = torch.stack([product.to(home) for _, product in measures]).sum()
-        moving = torch.stack([_is_not_zero(group["lr"], home) for group, _ in batches]).any()
+        moving = torch.stack([_is_not_zero(group["lr"], home) for group, _ in given]).any()
         past = Feedback(*held.unbind())
         new, f = feedback_update(past, norm, product, moving, beta2=shared["beta2"], options=shared)
         finite = torch.isfinite(norm) & torch.isfinite(product)
         live = finite & (norm > 0)
 
+        reaches = [
+            step.reaches(
+                f,
+                {head: self._bias_squares([head], group, f.to(step.device)) for head, group in step.heads()},
+            )
+            for step in fused
+        ]
         expected = [self._advance(batch, group, f, new.theta, live) for group, batch in batches]
+        expected += [
+            step.advance(f, new.theta, live, reach) for step, reach in zip(fused, reaches, strict=True)
+        ]
         G = torch.stack([part.to(home) for part in expected]).sum()
         skipped = past.skipped + finite.logical_not()
         self._drop_movements(live)
         held.copy_(torch.where(live, _pack(new, held.dtype, G=G), _pack(past, held.dtype, skipped=skipped)))
-
-    def _batches(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """The group's parameters that have a gradient, one by one; foreach: those that can be joined, together."""
-        params = [p for p in self._trainable(group) if p.grad is not None]
-        if not takes_foreach(group):
-            return [[p] for p in params]
-        alike: dict[Any, list[list[Tensor]]] = {}
-        for param in params:
-            shape = param.shape if _dims(param, group) else None
-            batches = alike.setdefault((shape, param.dtype, param.device), [[]])
-            if sum([p.numel() for p in batches[-1]]) >= FOREACH_ENTRIES:
-                batches.append([])
-            batches[-1].append(param)
-        return [batch for batches in alike.values() for batch in batches]
 
     def _measure(self, batch: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """||g|| and <g, d> over tensors of a group."""
@@ -381,12 +399,12 @@ class AutoNero(ArchOptimizer):
         self, batch: list[Tensor], group: dict[str, Any], f: Tensor, theta: Tensor, live: Tensor
     ) -> Tensor:
         """One step of some tensors, joined; returns sum <gh, d>. All keep their bits unless `live`."""
-        device, exact, dims = batch[0].device, statistics_like(batch[0]), _dims(batch[0], group)
+        device, exact, dims = batch[0].device, statistics_like(batch[0]), dims_of(batch[0], group)
         f, theta, live = f.to(device), theta.to(device), live.to(device)
         channel_groups = group["channel_groups"] if dims else 1
         sign = -1 if group["maximize"] else 1
         lr = rate(group)
-        held = [_rows_of(param, self.state[param], channel_groups) for param in batch]
+        held = [rows_of(param, self.state[param], channel_groups) for param in batch]
         grads = [as_rows(param.grad, channel_groups) for param in batch if param.grad is not None]
         counts = [self.state[param]["step"] for param in batch]
         steps = torch.stack(counts)
@@ -407,7 +425,7 @@ class AutoNero(ArchOptimizer):
                 family=group["family"],
                 method=group["orthogonalise"],
                 exponent=group["radius_exponent"],
-                bias_sq=self._bias_squares(batch, group, f, exact) if _steps_plainly(group) else None,
+                bias_sq=self._bias_squares(batch, group, f) if steps_plainly(group) else None,
                 gain=group["head_gain"],
             )
         else:
@@ -422,15 +440,13 @@ class AutoNero(ArchOptimizer):
             target.copy_(value)
         return expected
 
-    def _bias_squares(
-        self, heads: list[Tensor], group: dict[str, Any], f: Tensor, exact: torch.dtype
-    ) -> Tensor:
+    def _bias_squares(self, heads: list[Tensor], group: dict[str, Any], f: Tensor) -> Tensor:
         """||s of the bias||^2 of some heads, with this step in it: `(heads, 1, 1, 1)`, 0 without a bias."""
-        beta2, named = group["beta2"], dict(self._named_params())
+        exact, beta2, named = statistics_like(heads[0]), group["beta2"], dict(self._named_params())
         names = {param: name for name, param in named.items()}
         told = []
         for head in heads:
-            bias = named.get(_bias_name(names.get(head, "")))
+            bias = named.get(bias_name(names.get(head, "")))
             if bias is None or bias.grad is None or bias.numel() != self.state[head]["radius"].numel():
                 told.append(torch.zeros((), dtype=exact, device=head.device))
                 continue
@@ -453,59 +469,24 @@ class AutoNero(ArchOptimizer):
                     state["movement"].mul_(live.logical_not().to(param.device))
 
 
-# -- rows and their shapes ---------------------------------------------------------------------------------
-
-
-def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
-    """The dimensions of `as_rows` that a row sums over; `()` for vectors and for all of fan-in 1."""
-    if group["family"] == "vector":
-        return ()
-    return fan_in_dims(param.shape, group["neuron_dim"], group["channel_groups"])
-
-
-def _steps_plainly(group: Mapping[str, Any]) -> bool:
-    """Whether rows are those of a head that takes plain steps."""
-    return bool(group["family"] == "head" and group["head"] == "plain")
-
-
-def _bias_name(weight: str) -> str:
-    """What the bias beside a weight of this name is called, under a parametrization too."""
-    return weight.partition(".parametrizations.")[0].removesuffix(".weight") + ".bias"
-
-
-def _movement_dtype(exact: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
-    """What the movement is kept in, for a tensor whose statistics are `exact`."""
-    asked = MOVEMENT_DTYPES[group["movement_dtype"]]
-    return exact if asked == torch.float32 else asked
+def _batches(params: list[Tensor], group: dict[str, Any]) -> list[list[Tensor]]:
+    """Parameters of a group one by one; foreach: those that can be joined, together."""
+    if not takes_foreach(group):
+        return [[p] for p in params]
+    alike: dict[Any, list[list[Tensor]]] = {}
+    for param in params:
+        shape = param.shape if dims_of(param, group) else None
+        batches = alike.setdefault((shape, param.dtype, param.device), [[]])
+        if sum([p.numel() for p in batches[-1]]) >= JOINED_ENTRIES:
+            batches.append([])
+        batches[-1].append(param)
+    return [batch for batches in alike.values() for batch in batches]
 
 
 def _pack(feedback: Feedback, dtype: torch.dtype, **changed: Tensor) -> Tensor:
     """The state tensor of a feedback, with some of its numbers `changed`."""
     named = zip(Feedback._fields, feedback, strict=True)
     return torch.stack([changed.get(name, value).to(dtype) for name, value in named])
-
-
-def _first_radius(group: Mapping[str, Any]) -> str:
-    radius: str = group["embedding_radius" if group["family"] == "embedding" else "radius"]
-    return radius
-
-
-def _scale_(param: Tensor, group: Mapping[str, Any]) -> None:
-    """Gives rows their first radius, in place."""
-    rows = as_rows(param, group["channel_groups"])
-    scale_rows_(rows, _dims(param, group), rms=_first_radius(group) == "rms")
-
-
-def _rows_of(param: Tensor, state: dict[str, Tensor], channel_groups: int) -> Rows:
-    """Views of a parameter and its state, in the shape of `as_rows`."""
-    return Rows(
-        as_rows(param, channel_groups),
-        as_rows(state["exp_avg"], channel_groups),
-        state["exp_avg_sq"],
-        as_rows(state["movement"], channel_groups),
-        state["radius"],
-        state["grows_to"],
-    )
 
 
 def _is_not_zero(lr: Rate, device: torch.device) -> Tensor:
@@ -548,16 +529,3 @@ def _only_groups(params: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 "archopt.optim.autonero.module_groups(model) with your options in the groups"
             )
     return groups
-
-
-def _check_blocks(param: Tensor, group: Mapping[str, Any]) -> None:
-    dims = _dims(param, group)
-    rows = as_rows(param, group["channel_groups"]) if dims else param
-    count = 1
-    for dim, size in enumerate(rows.shape):
-        count *= size if dim not in dims else 1
-    if dims and count % group["blocks"]:
-        raise ValueError(
-            f"blocks={group['blocks']} does not divide the {count} rows of a weight of shape "
-            f"{tuple(param.shape)}; give the number of equal slices, or 1"
-        )

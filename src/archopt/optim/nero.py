@@ -34,6 +34,8 @@ from archopt.optim.base import (
     statistics_like,
     takes_foreach,
 )
+from archopt.kernels import gpu
+from archopt.optim import nero_gpu
 from archopt.optim.nero_fused import fused_nero, served, unserved
 from archopt.roles import Role, group_by_treatment, parameter_roles
 
@@ -90,9 +92,11 @@ class Nero(ArchOptimizer):
         maximize: ascend instead.
         foreach: batch operations over tensors; None chooses them where no kernel serves (faster on CPU and GPU,
             but they hold a temporary the size of the gradients; False does not).
-        fused: one call of a kernel for all tensors (`archopt.kernels.status`; CPU alone so far). None, with
-            foreach=None, takes it for every tensor that it serves. True refuses the others, with the reason.
-        capturable: keep the step counts on the device, for CUDA graphs.
+        fused: one call of a kernel for all tensors (`archopt.kernels.status`). None, with foreach=None, takes it
+            for every tensor that it serves. True refuses the others, with the reason.
+        capturable: keep the step counts on the device, for CUDA graphs (the GPU kernel always does).
+        stochastic_rounding: round bfloat16 weights up or down at random, right on average, so that steps smaller
+            than half a digit are not lost. By a kernel alone; refused, at the step, where none serves.
 
     Constructing Nero projects the weights that it constrains (rows that are balanced already keep their bits).
 
@@ -129,6 +133,7 @@ class Nero(ArchOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         if isinstance(params, nn.Module):
             params = module_groups(params, roles)
@@ -145,8 +150,14 @@ class Nero(ArchOptimizer):
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
+            "stochastic_rounding": stochastic_rounding,
         }
+        self._plans = gpu.Plans()
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = gpu.Plans()  # what was prepared for the tensors of another optimizer is of no use
 
     def mean_turn(self) -> dict[str, Tensor]:
         """Mean turn of the last step in radians, by role (by group where no roles are known), as 0-d tensors."""
@@ -163,14 +174,14 @@ class Nero(ArchOptimizer):
         check_range("Nero", "lr", group["lr"], low=0.0)
         check_range("Nero", "beta", group["beta"], low=0.0, high=1.0)
         check_range("Nero", "channel_groups", group["channel_groups"], low=1)
-        check_flags("Nero", group, "zero_mean", "unit_norm")
+        check_flags("Nero", group, "zero_mean", "unit_norm", "stochastic_rounding")
         check_forms("Nero", group, has_fused=True)
         for item in group["params"]:
             param = item[1] if isinstance(item, tuple) else item
             if isinstance(param, Tensor):
                 _dims(param, group)
                 if group["fused"] and param.requires_grad and param.numel() > 0:
-                    unserved(param, group)
+                    (nero_gpu.unserved if param.device.type in gpu.DEVICE_TYPES else unserved)(param, group)
 
     def _constrain_group(self, group: dict[str, Any]) -> None:
         for param in self._trainable(group):
@@ -185,7 +196,7 @@ class Nero(ArchOptimizer):
             mean = norm.mean()
             scale = torch.where(mean == 0, ZERO_SCALE, mean)
         return {
-            "step": new_step(param, group),
+            "step": new_step(param, {"capturable": group["capturable"] or nero_gpu.wants_gpu(param, group)}),
             "exp_avg_sq": torch.zeros_like(norm, dtype=statistics_like(param)),
             "scale": scale,
             "turn": torch.zeros((), dtype=torch.float32, device=param.device),
@@ -202,17 +213,24 @@ class Nero(ArchOptimizer):
 
     def _update(self) -> None:
         work = []
+        number = 0
         for group in self.param_groups:  # all of them first: a refusal must come before anything moves
             params = [p for p in self._trainable(group) if p.grad is not None]
             states = [self.state[p] for p in params]
-            work.append((group, params, states, served(params, states, group)))
-        for group, params, states, for_kernel in work:
-            if params:
-                torch._foreach_add_([state["step"] for state in states], 1)
+            on_gpu = nero_gpu.served(params, states, group, self._plans, number)
+            others, their_states = [params[i] for i in on_gpu.rest], [states[i] for i in on_gpu.rest]
+            nero_gpu.check_rounding(others, group)
+            work.append((group, params, on_gpu, others, their_states, served(others, their_states, group)))
+            number += len(group["params"])
+        for group, params, on_gpu, others, states, for_kernel in work:
+            nero_gpu.gpu_nero(on_gpu, params, group)
+            if not others:
+                continue
+            torch._foreach_add_([state["step"] for state in states], 1)
             fused_nero([tensor for tensor in for_kernel if tensor is not None], group)
             rest = [i for i, tensor in enumerate(for_kernel) if tensor is None]
             form = _foreach_nero if takes_foreach(group) else _single_tensor_nero
-            form([params[i] for i in rest], [states[i] for i in rest], group)
+            form([others[i] for i in rest], [states[i] for i in rest], group)
 
 
 def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:

@@ -6,58 +6,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archopt.kernels import cpu
+from archopt.kernels import cpu, cpu_nero
 from archopt.neurons import NeuronDim, fan_in_dims, statistics_dtype
 from archopt.optim.base import rate
+from archopt.optim.fused import Made, made_of, refuse, wants_kernel
 
 STATE = ("exp_avg_sq", "scale", "step", "turn", "skipped")  # as the kernel wants it
-REMEDY = "use fused=None, which takes another form for such tensors"
 
 
 def served(
     params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
-) -> list[cpu.NeroTensor | None]:
+) -> list[cpu_nero.NeroTensor | None]:
     """For each weight what the kernel takes, or None where another form has to serve it.
 
     Raises ValueError, with the reason, where the group has fused=True and a weight cannot be served.
     """
     fused = group["fused"]
-    nothing: list[cpu.NeroTensor | None] = [None] * len(params)
-    if fused is False or (fused is None and group["foreach"] is not None):
-        return nothing
-    if torch.compiler.is_compiling():
-        if fused:
-            raise ValueError(
-                "Nero: fused=True cannot be honoured in a compiled step, which is fused by its compiler; "
-                "use fused=None"
-            )
+    nothing: list[cpu_nero.NeroTensor | None] = [None] * len(params)
+    if not wants_kernel("Nero", group):
         return nothing
     if missing := cpu.missing():
         if fused and params:
-            _refuse(params[0], missing)
+            refuse("Nero", params[0], missing)
         return nothing
     found = [_for_kernel(param, state, group) for param, state in zip(params, states, strict=True)]
     if fused:
         for param, tensor in zip(params, found, strict=True):
             if isinstance(tensor, str):
-                _refuse(param, tensor)
+                refuse("Nero", param, tensor)
     return [None if isinstance(tensor, str) else tensor for tensor in found]
 
 
 def unserved(param: Tensor, group: dict[str, Any]) -> None:
     """Raises ValueError, with the reason, where the kernel cannot serve a weight whatever its gradient."""
-    memory = cpu.Memory(*_made_of(param))
+    memory = cpu.Memory(*made_of(param))
     if reason := cpu.missing() or cpu.obstacle(memory):
-        _refuse(param, reason)
-    layout = layout_of(memory.shape, memory.strides, _axis(group), group["channel_groups"])
+        refuse("Nero", param, reason)
+    layout = layout_of(memory.shape, memory.strides, axis_of(group), group["channel_groups"])
     if isinstance(layout, str):
-        _refuse(param, layout)
+        refuse("Nero", param, layout)
 
 
-def fused_nero(tensors: list[cpu.NeroTensor], group: dict[str, Any]) -> None:
+def fused_nero(tensors: list[cpu_nero.NeroTensor], group: dict[str, Any]) -> None:
     """The step of all weights that the kernel serves, in one call; step counts are advanced already."""
     if tensors:
-        cpu.nero(
+        cpu_nero.nero(
             tensors,
             lr=float(rate(group)),
             beta=float(group["beta"]),
@@ -67,46 +60,32 @@ def fused_nero(tensors: list[cpu.NeroTensor], group: dict[str, Any]) -> None:
         )
 
 
-def _refuse(param: Tensor, reason: str) -> None:
-    raise ValueError(
-        f"Nero: fused=True cannot be honoured for a weight of shape {tuple(param.shape)}: {reason}; {REMEDY}"
-    )
-
-
-def _for_kernel(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> cpu.NeroTensor | str:
+def _for_kernel(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> cpu_nero.NeroTensor | str:
     """What the kernel takes, or why it cannot."""
     grad = param.grad
     assert grad is not None
     v, scale, step, turn, skipped = (state[name] for name in STATE)
     layout = _verdict(
-        _made_of(param),
-        _made_of(grad),
-        _made_of(v),
+        made_of(param),
+        made_of(grad),
+        made_of(v),
         (scale.dtype, step.dtype, turn.dtype, skipped.dtype),
         v.is_cpu and scale.is_cpu and step.is_cpu and turn.is_cpu and skipped.is_cpu,
-        _axis(group),
+        axis_of(group),
         group["channel_groups"],
     )
     if isinstance(layout, str):
         return layout
-    return cpu.obstacle_of_view(param, grad) or cpu.NeroTensor(
+    return cpu.obstacle_of_view(param, grad) or cpu_nero.NeroTensor(
         param, grad, v, scale, step, turn, skipped, layout
     )
 
 
-Parts = tuple[type, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
-
-
-def _made_of(tensor: Tensor) -> Parts:
-    """The fields of `cpu.Memory`; a bare tuple, since a step makes three of them a weight."""
-    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-
-
 @functools.lru_cache(maxsize=4096)
 def _verdict(
-    param: Parts,
-    grad: Parts,
-    v: Parts,
+    param: Made,
+    grad: Made,
+    v: Made,
     scalars: tuple[torch.dtype, ...],
     on_cpu: bool,
     axis: NeuronDim,
@@ -134,7 +113,7 @@ def _verdict(
     return layout if in_order else f"its statistics have strides {statistics.strides}"
 
 
-def _axis(group: dict[str, Any]) -> NeuronDim:
+def axis_of(group: dict[str, Any]) -> NeuronDim:
     neuron_dim: NeuronDim = group["neuron_dim"]
     return neuron_dim if isinstance(neuron_dim, int) else tuple(neuron_dim)
 

@@ -1,43 +1,6 @@
-/* Nero's neurons in one format, for one instruction set. Included with
+/* Nero's neurons in one format, for one instruction set (see every_set.h). */
 
-   T       what weights and gradients are stored as        FORMAT, ISA   names of the two
-   A       what arithmetic is done in: float or double     WHOLE         the integer as wide as A
-   EPSILON, TINY   of A                                    FROM, TO      T to A and back, where they differ
-   VECTOR_BYTES    of the instruction set
-
-   Loops over neighbouring entries carry no order of their own and are left to the compiler's vectoriser; sums are
-   written in LANES explicit lanes, since their order must not be the compiler's. */
-
-#define FN(name) NAMED(name, FORMAT, ISA)
-
-enum { FN(LANES) = LANES_BYTES / sizeof(A), FN(PARTS) = LANES_BYTES / VECTOR_BYTES };
-
-typedef A FN(Vector) __attribute__((vector_size(VECTOR_BYTES)));
-typedef struct {
-  FN(Vector) part[FN(PARTS)];
-} FN(Lanes);
-
-/* Entries as A: where they lie, or converted into `room`. */
-static inline const A *FN(read)(const T *restrict from, A *restrict room, int64_t n) {
-#ifdef FROM
-  for (int64_t i = 0; i < n; i++) room[i] = FROM(from[i]);
-  return room;
-#else
-  (void)room;
-  (void)n;
-  return from;
-#endif
-}
-
-static inline double FN(across)(const FN(Lanes) *lanes) {
-  A x[FN(LANES)];
-  memcpy(x, lanes, sizeof x);
-  UNROLLED
-  for (int half = FN(LANES) / 2; half; half /= 2) {
-    for (int i = 0; i < half; i++) x[i] += x[i + half];
-  }
-  return x[0];
-}
+#include "lanes.h"
 
 /* Adds the sums of up to BLOCK entries to sums in double precision: each lane adds up no more than 64 of them
    (128 of float64), so that float32 loses hardly more than its last digit. `ahead`, if any, is memory that will be
@@ -114,14 +77,6 @@ static void FN(move_row)(T *restrict w, const T *restrict g, int64_t spread, int
 #endif
     }
   }
-}
-
-static inline A FN(one)(const T *from) {
-#ifdef FROM
-  return FROM(*from);
-#else
-  return *from;
-#endif
 }
 
 /* v of a neuron that has `square` = ||g||^2, and its stride; the square of a skipped neuron is not finite. */
@@ -289,5 +244,3 @@ static void FN(entries)(const Tensor *t, const Options *o, int64_t begin, int64_
 #endif
   }
 }
-
-#undef FN

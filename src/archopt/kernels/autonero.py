@@ -1,0 +1,74 @@
+"""What AutoNero's kernels take, whatever device they are for: tensors, options, and the three passes.
+
+The passes stand in `native/autonero.c` and `cpu_autonero.py`; between them torch works: from the measures it makes
+the limit f, the angle theta and whether the step is live, and between `average` and `turn` the polar factors.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+ENTRIES, TURNING, PLAIN, HIDDEN = range(4)
+"""Kinds of tensors: vectors; rows that turn on spheres; rows that take plain steps, of a length that is given; rows
+that turn along a polar factor, whose step `average` begins and `turn` ends."""
+
+
+class AutoNeroTensor(NamedTuple):
+    """A weight with its gradient and AutoNero's state, all on one device and in one order of entries.
+
+    The state is float64 beside float64 weights, else float32; `movement` may be bfloat16 instead.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    movement: Tensor
+    radius: Tensor
+    grows_to: Tensor
+    step: Tensor
+    kind: int
+    rows: int
+    """Entries, in a vector."""
+    fan_in: int
+    """Neighbouring entries that make a row; 1 in a vector."""
+    group: int
+    """Which of the options and of the scalars is its own."""
+
+
+class GroupOptions(NamedTuple):
+    """Options of a group, as the kernels read them."""
+
+    beta: float
+    beta2: float
+    sign: float
+    """-1 to ascend."""
+    exponent: float
+    """Of the radius; 0 where rows keep theirs."""
+    young: float
+    """The length of a young row's plain step: 1, or 0 for sqrt(fan_in)."""
+
+
+class Passes(Protocol):
+    """The passes over some tensors of one device. `scalars`: f, theta, theta lr and whether the step is live (1 or
+    0), one row a group, float64, on the device; a step that is not live changes nothing."""
+
+    def measure(self) -> Tensor:
+        """||g||^2 and <g, d> of each tensor: (tensors, 2), float64."""
+        ...
+
+    def average(self, scalars: Tensor, reach: Mapping[int, Tensor]) -> Tensor:
+        """m and v of all tensors, and the whole step of all that are not hidden; returns their sum of <gh, d>, 0-d.
+
+        reach: of each tensor of kind PLAIN, by position, how long the plain step of a row is, over theta; 0-d,
+        float64.
+        """
+        ...
+
+    def turn(self, positions: Sequence[int], directions: Tensor, scalars: Tensor) -> Tensor:
+        """The rest of the step of some hidden tensors of one shape; returns their sum of <gh, d>, 0-d.
+
+        directions: their polar factors, (tensors, ...), contiguous, entries in the order of the weights' memory.
+        """
+        ...

@@ -1,0 +1,68 @@
+"""AutoNero's CPU kernel (native/autonero.c): the calls."""
+
+import ctypes
+from array import array
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from archopt.kernels.autonero import HIDDEN, AutoNeroTensor, GroupOptions
+from archopt.kernels.cpu import FORMATS, call
+
+WORDS = 16  # of a tensor in the table
+DIRECTION, REACH = 8, 9  # words that are known later than the others
+
+_TABLE = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)  # the tensors, how many, the options of groups
+MEASURE = (*_TABLE, ctypes.c_void_p)  # the sums of each tensor
+MOVE = (*_TABLE, ctypes.c_void_p, ctypes.c_void_p)  # the scalars of groups, the sum of all tensors
+
+
+class CpuPasses:
+    """`archopt.kernels.autonero.Passes` on the CPU.
+
+    Each raises RuntimeError where the library is not there (see `cpu.status`) and MemoryError before it moves
+    anything.
+    """
+
+    def __init__(self, tensors: Sequence[AutoNeroTensor], options: Sequence[GroupOptions]) -> None:
+        self.tensors = tensors
+        self._options = array("d", [value for of_group in options for value in of_group])
+        self._table = array("q")
+        for tensor in tensors:
+            self._table.extend([held.data_ptr() for held in tensor[:8]])
+            formats = FORMATS[tensor.weight.dtype], FORMATS[tensor.movement.dtype]
+            self._table.extend((0, 0, *formats, *tensor[8:]))
+
+    def measure(self) -> Tensor:
+        sums = torch.empty((len(self.tensors), 2), dtype=torch.float64)
+        _call("archopt_autonero_measure", MEASURE, self._table, self._options, sums.data_ptr())
+        return sums
+
+    def average(self, scalars: Tensor, reach: Mapping[int, Tensor]) -> Tensor:
+        for position, length in reach.items():
+            self._table[WORDS * position + REACH] = length.data_ptr()
+        expected = torch.empty((), dtype=torch.float64)
+        where = scalars.data_ptr(), expected.data_ptr()
+        _call("archopt_autonero_average", MOVE, self._table, self._options, *where)
+        moved = [tensor.weight for tensor in self.tensors if tensor.kind != HIDDEN]
+        torch.autograd.graph.increment_version(moved)
+        return expected
+
+    def turn(self, positions: Sequence[int], directions: Tensor, scalars: Tensor) -> Tensor:
+        table = array("q")
+        for position, direction in zip(positions, directions.unbind(), strict=True):
+            words = self._table[WORDS * position : WORDS * (position + 1)]
+            words[DIRECTION] = direction.data_ptr()
+            table += words
+        expected = torch.empty((), dtype=torch.float64)
+        where = scalars.data_ptr(), expected.data_ptr()
+        _call("archopt_autonero_turn", MOVE, table, self._options, *where)
+        torch.autograd.graph.increment_version([self.tensors[position].weight for position in positions])
+        return expected
+
+
+def _call(name: str, types: Sequence[type], table: "array[int]", options: "array[float]", *rest: int) -> None:
+    count = len(table) // WORDS
+    if call(name, types, table.buffer_info()[0], count, options.buffer_info()[0], *rest):
+        raise MemoryError(f"no memory for the table of {count} tensors; nothing moved")

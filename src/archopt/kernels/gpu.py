@@ -1,0 +1,347 @@
+"""The GPU kernels: finding Triton, what they can serve, and the tables that they read.
+
+A kernel finds its tensors by a *table* on the device, one line a tensor, of addresses and shapes; and its part of the
+work by a list of units (`triton_nero.py`). Both are made when tensors lie elsewhere than before, and kept: a step
+whose gradients came back to memory that they had before uploads nothing, and no step waits for the device.
+
+`import archopt` does not import Triton; the first step that asks for a kernel does.
+"""
+
+import functools
+import importlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from archopt.kernels.cpu import Layout, Memory, Status
+
+DEVICE_TYPES = ("cuda",)  # what torch calls AMD's GPUs too; tests of Triton's interpreter add the CPU
+FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST = 2**31 - 2**16  # neurons, and entries of one: the kernels count both in 32 bits
+INSTALL = "pip install triton (part of torch's CUDA builds)"
+
+RECENT = 8  # tables that are kept: gradients that alternate between a few places upload nothing
+ROOM = 16  # tables that can be captured into CUDA graphs between two steps outside of a capture
+NOT_IN_CAPTURE = (
+    "a CUDA graph that is being captured cannot prepare its tensors' work: take a step with the same tensors"
+)
+
+Kept = TypeVar("Kept")
+
+
+def status() -> Status:
+    """Whether the GPU kernels can be used, with what, or why not."""
+    if reason := missing():
+        return Status(False, reason)
+    version = importlib.import_module("triton").__version__
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "its interpreter on the CPU"
+    return Status(True, f"Triton {version}, {where}")
+
+
+@functools.cache
+def missing() -> str:
+    """Why the kernels cannot be used at all; an empty string if they can."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); {INSTALL}"
+    if interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except (RuntimeError, OSError, ImportError, AttributeError) as error:  # no C compiler, an unknown device
+        return f"Triton {triton.__version__} cannot use the GPU ({error})"
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python on the CPU (TRITON_INTERPRET=1)."""
+    knobs = importlib.import_module("triton").knobs
+    return bool(knobs.runtime.interpret)
+
+
+def obstacle(weight: Memory) -> str:
+    """Why no kernel can serve a weight, whatever its layout; an empty string if one can."""
+    if weight.device.type not in DEVICE_TYPES:
+        return f"it is on {weight.device}, the kernels are for {' and '.join(DEVICE_TYPES)}"
+    if weight.kind is not Tensor and weight.kind is not nn.Parameter:
+        return f"it is a {weight.kind.__name__}, whose memory a kernel cannot take for a plain tensor's"
+    if weight.dtype not in FORMATS:
+        return f"its type is {weight.dtype}; the GPU kernels take {', '.join(map(str, FORMATS))}"
+    return ""
+
+
+def obstacle_of_layout(layout: Layout) -> str:
+    """Why the kernels cannot count the neurons of a weight; an empty string if they can."""
+    if max(layout.batches * layout.rows, layout.spread * layout.run) > LARGEST:
+        return f"it has more than {LARGEST} neurons, or entries of one"
+    return ""
+
+
+def capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Plans:
+    """What was prepared for the tensors of an optimizer, to be used again while they lie where they lay.
+
+    What goes into a CUDA graph is never dropped and never used outside of it: the graph itself uploads the table,
+    at every replay, from host memory that nobody writes again. That memory is set aside by steps before the capture,
+    since pinned memory cannot be allocated in one. Hence: at least one step before a capture, as for state, and the
+    optimizer lives as long as the graph.
+    """
+
+    def __init__(self) -> None:
+        self._recent: OrderedDict[Hashable, Any] = OrderedDict()
+        self._last: tuple[Hashable, Any] = (None, None)
+        self._captured: list[Any] = []
+        self._room = torch.empty(0, dtype=torch.int64)
+
+    def get(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """What was made for `key`, or is made now; the key holds all that the result depends on."""
+        if self._last[0] == key:
+            kept: Kept = self._last[1]
+            return kept
+        if key in self._recent:
+            self._recent.move_to_end(key)
+        else:
+            self._recent[key] = make()
+            if len(self._recent) > RECENT:
+                self._recent.popitem(last=False)
+        self._last = (key, self._recent[key])
+        return self._last[1]
+
+    def captured(self, make: Callable[[], Kept]) -> Kept:
+        """What is made now, for a graph."""
+        self._captured.append(kept := make())
+        return kept
+
+    def upload(self, values: Tensor, device: torch.device) -> Tensor:
+        """A vector of int64 on the device, without waiting for it. A capture takes `upload_in_capture`."""
+        if device.type == "cpu":
+            return values
+        if capturing():
+            raise RuntimeError(f"{NOT_IN_CAPTURE} before the capture")
+        return values.pin_memory().to(device, non_blocking=True)
+
+    def make_room(self, entries: int) -> None:
+        """Sets memory aside for vectors of so many int64 that captures will upload."""
+        if self._room.numel() < entries:
+            self._room = torch.empty(ROOM * entries, dtype=torch.int64, pin_memory=True)
+
+    def upload_in_capture(self, values: Tensor, device: torch.device) -> Tensor:
+        """As `upload`, at every replay of the graph that is being captured."""
+        if self._room.numel() < values.numel():
+            raise RuntimeError(
+                f"{NOT_IN_CAPTURE}, and capturable=True, before the capture (again after {ROOM} of them)"
+            )
+        staging, self._room = self._room.split([values.numel(), self._room.numel() - values.numel()])
+        staging.copy_(values)
+        self._captured.append(staging)
+        return staging.to(device, non_blocking=True)
+
+
+# -- Nero --------------------------------------------------------------------------------------------------
+
+ENTRIES, TILES, ALIGNED_TILES, LONG, ALIGNED_LONG, SIDE_BY_SIDE, IN_RUNS = range(7)  # as in triton_nero.py
+VECTOR = 16  # bytes
+FEW = 2**20  # entries: tensors of a shape that has fewer join the next one, which spares a launch
+
+
+class Shape(NamedTuple):
+    """What a launch does at a time: `rows` neurons, `columns` entries of each, by so many warps."""
+
+    kind: int
+    rows: int
+    columns: int
+    warps: int
+
+
+# 16 entries a thread: what it holds of weights and gradients stays in registers, and some blocks fit side by side.
+ALIGNED = tuple(
+    Shape(ALIGNED_TILES, max(1, 2048 // c), c, max(4, c // 512)) for c in (128 << i for i in range(7))
+)
+UNALIGNED = (Shape(TILES, 32, 32, 4), Shape(TILES, 4, 256, 4), Shape(TILES, 1, 2048, 4))
+VECTORS = Shape(ENTRIES, 1024, 1, 4)
+LONG_ROWS = (Shape(LONG, 1, 1024, 4), Shape(ALIGNED_LONG, 1, 1024, 4))
+COLUMNS = Shape(SIDE_BY_SIDE, 64, 16, 4)
+PIECES = Shape(IN_RUNS, 16, 64, 4)
+
+
+class NeroTensor(NamedTuple):
+    """A weight with its gradient and Nero's state, all on one device."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg_sq: Tensor
+    scale: Tensor
+    step: Tensor
+    turn: Tensor
+    skipped: Tensor
+    layout: Layout
+    number: int  # of the weight in its optimizer: with the step count, the key of its random numbers
+
+    def shape(self) -> Shape:
+        """How a kernel works on it, were it alone."""
+        _, spread, _, run = self.layout
+        if spread * run == 1:
+            return VECTORS
+        if spread > 1:
+            return COLUMNS if run == 1 else PIECES
+        addresses = self.weight.data_ptr() | self.grad.data_ptr() | run * self.weight.element_size()
+        aligned = addresses % VECTOR == 0
+        tiles = [tile for tile in (ALIGNED if aligned else UNALIGNED) if tile.columns >= run]
+        return tiles[0] if tiles else LONG_ROWS[aligned]
+
+
+class Launches(NamedTuple):
+    """All that a step of tensors of one type needs, but for its options."""
+
+    table: Tensor
+    work: Tensor  # int32, (units, 2): tensor and first neuron
+    turns: Tensor  # a unit's part of its tensor's turn
+    skipped: Tensor
+    calls: tuple[tuple[Shape, int, int], ...]  # with the first unit and their number
+    dtype: torch.dtype
+    tensors: int
+
+
+def nero_launches(tensors: Sequence[NeroTensor], plans: Plans, *, capturable: bool) -> Launches:
+    """Prepares the step of tensors of one type on one device.
+
+    Raises RuntimeError in a CUDA graph's capture where no step before it had tensors of these shapes.
+    """
+    device, dtype = tensors[0].weight.device, tensors[0].weight.dtype
+    shapes = _joined([t.shape() for t in tensors], [math.prod(t.layout) for t in tensors])
+    geometry = tuple((shape, t.layout) for shape, t in zip(shapes, tensors, strict=True))
+    calls, work, firsts, counts = plans.get(
+        (device, geometry), lambda: _units(geometry, lambda packed: plans.upload(packed, device))
+    )
+    lines: list[int] = []
+    for t, first, count in zip(tensors, firsts, counts, strict=True):
+        batches, spread, rows, run = t.layout
+        pointers = (t.weight, t.grad, t.exp_avg_sq, t.scale, t.step, t.turn, t.skipped)
+        lines.extend([tensor.data_ptr() for tensor in pointers])
+        lines.extend([spread * run, rows, run, batches * rows, first, count, t.number])
+    if capturing():
+        table = plans.upload_in_capture(torch.tensor(lines), device)
+    else:
+        table = plans.upload(torch.tensor(lines), device)
+        if capturable and device.type == "cuda":
+            plans.make_room(len(lines))
+    units = sum(counts)
+    return Launches(
+        table,
+        work,
+        torch.empty(units, dtype=torch.float32, device=device),
+        torch.empty(units, dtype=torch.int32, device=device),
+        calls,
+        dtype,
+        len(tensors),
+    )
+
+
+def _joined(shapes: list[Shape], entries: list[int]) -> list[Shape]:
+    """Shapes of tensors, with tiles of which there is little taken into the next wider ones that are needed."""
+    for tiles in (UNALIGNED, ALIGNED):
+        for i, narrow in enumerate(tiles):
+            wider = [tile for tile in tiles[i + 1 :] if tile in shapes]
+            if wider and sum(n for shape, n in zip(shapes, entries, strict=True) if shape == narrow) < FEW:
+                shapes = [wider[0] if shape == narrow else shape for shape in shapes]
+    return shapes
+
+
+def _units(
+    geometry: Sequence[tuple[Shape, Layout]], upload: Callable[[Tensor], Tensor]
+) -> tuple[tuple[tuple[Shape, int, int], ...], Tensor, list[int], list[int]]:
+    """The launches, the list of units, and for each tensor its first unit and their number."""
+    firsts, counts = [0] * len(geometry), [0] * len(geometry)
+    calls, parts, total = [], [], 0
+    for shape in sorted({shape for shape, _ in geometry}):
+        begin = total
+        for i, (own, (batches, spread, rows, _)) in enumerate(geometry):
+            if own != shape:
+                continue
+            if spread == 1:  # neurons of all batches follow one another
+                batches, rows = 1, batches * rows
+            starts = torch.arange(0, rows, shape.rows) + rows * torch.arange(batches).unsqueeze(1)
+            parts.append(torch.stack([torch.full_like(starts, i), starts], dim=-1).reshape(-1, 2))
+            firsts[i], counts[i] = total, starts.numel()
+            total += starts.numel()
+        calls.append((shape, begin, total - begin))
+    # Two int32 travel as one int64.
+    packed = torch.cat(parts).to(torch.int32).contiguous().view(torch.int64).reshape(-1)
+    return tuple(calls), upload(packed).view(torch.int32), firsts, counts
+
+
+def nero(
+    launches: Launches,
+    *,
+    lr: float | Tensor,
+    beta: float,
+    zero_mean: bool,
+    unit_norm: bool,
+    maximize: bool,
+    stochastic_rounding: bool,
+) -> None:
+    """Nero's step for the prepared tensors, in place; it advances their step counts too."""
+    code = importlib.import_module("archopt.kernels.triton_nero")
+    flags = zero_mean * 1 + unit_norm * 2 + maximize * 4
+    rate = launches.turns  # any float32 tensor, which is not read
+    if isinstance(lr, Tensor) and lr.device.type == "cpu" and launches.table.device.type != "cpu":
+        lr = float(lr)
+    if isinstance(lr, Tensor):
+        flags, rate, lr = flags + 8, lr.to(torch.float32), 0.0
+    lr = float(lr)
+    beta_log = math.log(beta) if beta > 0 else -math.inf
+    rounds_at_random = stochastic_rounding and launches.dtype == torch.bfloat16
+    table, work, turns, skipped = launches[:4]
+    with _on(table.device):
+        for shape, base, count in launches.calls:
+            code.nero[(count,)](
+                table,
+                work,
+                turns,
+                skipped,
+                rate,
+                lr,
+                beta,
+                1 - beta,
+                beta_log,
+                flags,
+                base,
+                DTYPE=code.TYPES[launches.dtype],
+                KIND=shape.kind,
+                R=shape.rows,
+                C=shape.columns,
+                STOCHASTIC=rounds_at_random,
+                num_warps=shape.warps,
+            )
+        code.report[(launches.tensors,)](table, turns, skipped, N=1024, num_warps=4)
+
+
+class _Here:
+    """A context that does nothing, and costs nothing."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_HERE = _Here()
+
+
+def _on(device: torch.device) -> Any:
+    """The context in which launches go to a device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)

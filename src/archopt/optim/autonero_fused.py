@@ -1,0 +1,267 @@
+"""AutoNero's fused form: which tensors a kernel serves, and their step. The equations stand in `autonero_rule.py`.
+
+Three passes (`archopt.kernels.autonero`), and between the last two the polar factors of hidden matrices, a few
+matrices of equal shape at a time, from the momentum itself: a polar factor does not change with scale, so no
+corrected copy of it is needed.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from archopt.kernels import cpu
+from archopt.kernels.autonero import ENTRIES, HIDDEN, PLAIN, TURNING, AutoNeroTensor, GroupOptions, Passes
+from archopt.kernels.cpu_autonero import CpuPasses
+from archopt.neurons import NeuronDim, statistics_dtype
+from archopt.optim.autonero_rule import LEAST_FEATURES
+from archopt.optim.autonero_tensors import JOINED_ENTRIES, dims_of, movement_dtype, steps_plainly
+from archopt.optim.base import bias_correction, rate
+from archopt.optim.fused import Made, made_of, refuse, wants_kernel
+from archopt.optim.matrices import nonzero
+from archopt.optim.nero_fused import layout_of
+from archopt.optim.orthogonalise import orthogonalise
+
+Group = dict[str, Any]
+States = Mapping[Tensor, dict[str, Tensor]]
+
+
+class FusedStep:
+    """One step of all tensors of one device that a kernel serves."""
+
+    def __init__(self, tensors: list[AutoNeroTensor], groups: list[Group]) -> None:
+        self.tensors, self.groups = tensors, groups
+        self.device = tensors[0].weight.device
+        options = [_options(group) for group in groups]
+        self._passes: Passes = CpuPasses(tensors, options)
+        self._sums: Tensor | None = None
+
+    def measure(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """||g|| and <g, d> over all tensors, each first summed in float64."""
+        self._sums = self._passes.measure()
+        square, product = self._sums.sum(0).to(dtype).unbind()
+        return square.sqrt(), product
+
+    def heads(self) -> Iterator[tuple[Tensor, Group]]:
+        """Weights that take plain steps, with their groups."""
+        for tensor in self.tensors:
+            if tensor.kind == PLAIN:
+                yield tensor.weight, self.groups[tensor.group]
+
+    def reaches(self, f: Tensor, bias_squares: Mapping[Tensor, Tensor]) -> dict[int, Tensor]:
+        """How long the plain steps of heads are, over theta, by position: K / h.
+
+        h needs ||s|| over all rows, with this step in it, which follows from ||g|| of the tensor.
+
+        bias_squares: of each head ||s of the bias||^2, 0 without a bias.
+        """
+        assert self._sums is not None
+        found = {}
+        for position, tensor in enumerate(self.tensors):
+            if tensor.kind != PLAIN:
+                continue
+            group = self.groups[tensor.group]
+            beta2 = group["beta2"]
+            now = f.to(self.device).to(torch.float64).square() * self._sums[position, 0]
+            square = tensor.exp_avg_sq.sum(dtype=torch.float64).lerp(now, 1 - beta2)
+            square = square / bias_correction(beta2, tensor.step + 1)
+            bias_sq = bias_squares[tensor.weight].to(self.device, torch.float64).reshape(())
+            told = (square / nonzero(bias_sq)).sqrt()
+            h = torch.where(bias_sq > 0, told, tensor.fan_in**0.5)
+            found[position] = group["head_gain"] / h.clamp(min=LEAST_FEATURES)
+        return found
+
+    def advance(self, f: Tensor, theta: Tensor, live: Tensor, reaches: Mapping[int, Tensor]) -> Tensor:
+        """The rest of the step; returns sum <gh, d>. All tensors keep their bits unless `live`."""
+        f, theta, live = (scalar.to(self.device, torch.float64) for scalar in (f, theta, live))
+        rates = [rate(group) for group in self.groups]
+        rows = [torch.stack([f, theta, theta * lr, live]) for lr in rates]
+        scalars = torch.stack(rows)
+        expected = [self._passes.average(scalars, reaches)]
+        for positions, blocks, method in self._batches():
+            directions = self._directions(positions, blocks, method)
+            expected.append(self._passes.turn(positions, directions, scalars))
+        return torch.stack(expected).sum()
+
+    def _batches(self) -> Iterator[tuple[list[int], int, str]]:
+        """Hidden tensors that can be joined, by position, with their blocks and method."""
+        alike: dict[Any, list[int]] = {}
+        for position, tensor in enumerate(self.tensors):
+            if tensor.kind == HIDDEN:
+                group = self.groups[tensor.group]
+                method, blocks = group["orthogonalise"], group["blocks"]
+                key = (tensor.rows, tensor.fan_in, tensor.exp_avg.dtype, blocks, method)
+                alike.setdefault(key, []).append(position)
+        for (rows, fan_in, _, blocks, method), positions in alike.items():
+            count = max(1, JOINED_ENTRIES // (rows * fan_in))
+            for first in range(0, len(positions), count):
+                yield positions[first : first + count], blocks, method
+
+    def _directions(self, positions: list[int], blocks: int, method: str) -> Tensor:
+        """The polar factors of some tensors of one shape, (tensors, blocks, rows, fan_in).
+
+        Entries in the order of memory, which for channels-last filters is another order of columns than that of
+        their dimensions: the polar factor of a matrix with its columns in another order is the same in that order.
+        """
+        moments = [_in_memory(self.tensors[position], blocks) for position in positions]
+        joined = moments[0].unsqueeze(0) if len(moments) == 1 else torch.stack(moments)
+        return orthogonalise(joined, method).contiguous()
+
+
+def _in_memory(tensor: AutoNeroTensor, blocks: int) -> Tensor:
+    """m as it lies in memory: (blocks, rows, fan_in), a view."""
+    rows = tensor.rows // blocks
+    strides = (rows * tensor.fan_in, tensor.fan_in, 1)
+    return tensor.exp_avg.as_strided((blocks, rows, tensor.fan_in), strides)
+
+
+def _options(group: Group) -> GroupOptions:
+    turns = group["family"] != "embedding" and not steps_plainly(group)
+    return GroupOptions(
+        beta=group["beta"],
+        beta2=group["beta2"],
+        sign=-1.0 if group["maximize"] else 1.0,
+        exponent=group["radius_exponent"] if turns else 0.0,
+        young=0.0 if group["family"] == "embedding" else 1.0,
+    )
+
+
+# -- what is served ----------------------------------------------------------------------------------------
+
+
+def fused_steps(groups: Iterable[tuple[Group, list[Tensor]]], states: States) -> list[FusedStep]:
+    """The steps of all weights that a kernel serves, one a device.
+
+    groups: each with its parameters that have a gradient.
+
+    Raises ValueError, with the reason, where a group has fused=True and a weight of it cannot be served.
+    """
+    found: dict[torch.device, tuple[list[AutoNeroTensor], list[Group]]] = {}
+    for group, params in groups:
+        if not wants_kernel("AutoNero", group):
+            continue
+        indices: dict[torch.device, int] = {}
+        for param in params:
+            tensors, served_groups = found.setdefault(param.device, ([], []))
+            index = indices.get(param.device, len(served_groups))
+            served = _for_kernel(param, states[param], group, index)
+            if isinstance(served, str):
+                if group["fused"]:
+                    refuse("AutoNero", param, served)
+                continue
+            if param.device not in indices:
+                indices[param.device] = index
+                served_groups.append(group)
+            tensors.append(served)
+    return [FusedStep(tensors, served_groups) for tensors, served_groups in found.values() if tensors]
+
+
+def unserved(param: Tensor, group: Group) -> None:
+    """Raises ValueError, with the reason, where no kernel can serve a weight whatever its gradient."""
+    memory = cpu.Memory(*made_of(param))
+    reason = cpu.missing() or cpu.obstacle(memory)
+    rows = reason or _rows(memory.shape, memory.strides, *_seen_as(param, group))
+    if isinstance(rows, str):
+        refuse("AutoNero", param, rows)
+
+
+def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: int) -> AutoNeroTensor | str:
+    """What the kernel takes, or why it cannot."""
+    if reason := cpu.missing():
+        return reason
+    grad = param.grad
+    assert grad is not None
+    own = [state[name] for name in ("exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "step")]
+    is_vector, axis, channel_groups = _seen_as(param, group)
+    rows = _verdict(
+        made_of(param),
+        made_of(grad),
+        tuple((tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in own),
+        movement_dtype(statistics_dtype(param.dtype), group),
+        is_vector,
+        axis,
+        channel_groups,
+    )
+    if isinstance(rows, str):
+        return rows
+    if reason := cpu.obstacle_of_view(param, grad):
+        return reason
+    if rows.fan_in == 1:
+        kind = ENTRIES
+    elif steps_plainly(group):
+        kind = PLAIN
+    else:
+        kind = HIDDEN if group["family"] == "hidden" else TURNING
+    m, v, d, radius, grows_to, step = own
+    return AutoNeroTensor(
+        param, grad, m, v, d, radius, grows_to, step, kind, rows.number, rows.fan_in, index
+    )
+
+
+State = tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]
+
+
+class _Rows(NamedTuple):
+    """How many rows, of so many neighbouring entries."""
+
+    number: int
+    fan_in: int
+
+
+def _seen_as(param: Tensor, group: Group) -> tuple[bool, NeuronDim, int]:
+    """Whether it is a vector; else the axis of its rows and its channel groups."""
+    axis: NeuronDim = group["neuron_dim"]
+    axis = axis if isinstance(axis, int) else tuple(axis)
+    return not dims_of(param, group), axis, group["channel_groups"]
+
+
+def _rows(
+    shape: torch.Size, strides: tuple[int, ...], is_vector: bool, axis: NeuronDim, channel_groups: int
+) -> _Rows | str:
+    """The rows of a weight as they lie in memory, or why the kernel cannot follow them."""
+    if is_vector:
+        layout = cpu.layout_of(shape, strides, ())
+    else:
+        layout = layout_of(shape, strides, axis, channel_groups)
+    if isinstance(layout, str):
+        return layout
+    if layout.spread != 1:
+        return "the entries of a row are not neighbours in memory"
+    return _Rows(layout.batches * layout.rows, layout.run)
+
+
+@functools.lru_cache(maxsize=4096)
+def _verdict(
+    param: Made,
+    grad: Made,
+    state: tuple[State, ...],
+    movement: torch.dtype,
+    is_vector: bool,
+    axis: NeuronDim,
+    channel_groups: int,
+) -> _Rows | str:
+    """The rows of a weight with this gradient and state, or why the kernel cannot serve it: decided once."""
+    weight = cpu.Memory(*param)
+    if reason := cpu.obstacle(weight) or cpu.obstacle_of_gradient(weight, cpu.Memory(*grad)):
+        return reason
+    exact = statistics_dtype(weight.dtype)
+    wanted = (exact, exact, movement, exact, exact, torch.float32)
+    names = ("exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "step")
+    for name, dtype, (found, shape, strides, device) in zip(names, wanted, state, strict=True):
+        if found != dtype:
+            return f"its {name} is {found}, expected {dtype}"
+        if device != weight.device:
+            return f"its {name} is on {device}, the weight on {weight.device}"
+        of_entries = name in ("exp_avg", "movement") or (is_vector and name == "exp_avg_sq")
+        own = cpu.Memory(Tensor, found, device, shape, strides)
+        if not (_laid_out_alike(own, weight) if of_entries else cpu.is_contiguous(own)):
+            return f"its {name} has strides {strides}, the weight {weight.strides}"
+    return _rows(weight.shape, weight.strides, is_vector, axis, channel_groups)
+
+
+def _laid_out_alike(one: cpu.Memory, other: cpu.Memory) -> bool:
+    """Whether entries lie in one order; strides of dimensions with one entry do not matter."""
+    strides = zip(one.shape, one.strides, other.strides, strict=False)
+    return one.shape == other.shape and all(size == 1 or a == b for size, a, b in strides)
