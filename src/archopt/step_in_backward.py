@@ -18,7 +18,7 @@ from archopt.optim.base import ArchOptimizer
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
-def step_in_backward(optimizer: ArchOptimizer) -> "StepInBackward":
+def step_in_backward(optimizer: Optimizer) -> "StepInBackward":
     """Makes `backward` update each weight of `optimizer` as its gradient arrives, and free the gradient.
 
     The training loop stays as it is, `optimizer.step()` included: it closes the step. It finds no gradients, so it
@@ -56,9 +56,9 @@ def step_in_backward(optimizer: ArchOptimizer) -> "StepInBackward":
     if not isinstance(optimizer, ArchOptimizer):
         given = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         raise TypeError(
-            f"step_in_backward: got a {given}, expected archopt's Nero, Lamb or Madam. A torch optimiser has no step "
-            "for one tensor alone: give each parameter an optimiser of its own (SGD, Adam, AdamW and others whose "
-            "tensors do not depend on one another; not LBFGS)"
+            f"step_in_backward: got a {given}, expected archopt's Nero, Lamb or Madam. A torch optimiser has no "
+            "step for one tensor alone: give each parameter an optimiser of its own (SGD, Adam, AdamW and others "
+            "whose tensors do not depend on one another; not LBFGS)"
         )
     if getattr(optimizer, "constraint", None) is not None:
         raise TypeError(
@@ -135,9 +135,9 @@ class StepInBackward:
         if param in self._updated:
             raise RuntimeError(
                 f"step_in_backward: a second gradient for {self._name(param, index)}, which this step has updated "
-                "already. Close a step by optimizer.step(); to accumulate gradients, put every backward but the last "
-                "into `with handle.accumulating():`. (Checkpointing with use_reentrant=True also brings gradients of "
-                "a shared weight in parts: take use_reentrant=False)"
+                "already. Close a step by optimizer.step(); to accumulate gradients, put every backward but the "
+                "last into `with handle.accumulating():`. (Checkpointing with use_reentrant=True also brings "
+                "gradients of a shared weight in parts: take use_reentrant=False)"
             )
         if param.grad is not None and param.grad.requires_grad:
             raise RuntimeError(
@@ -154,7 +154,8 @@ class StepInBackward:
     def _name(self, param: Tensor, index: int) -> str:
         group = self._optimizer.param_groups[index]
         names = dict(zip(group["params"], group.get("param_names", ())))
-        return names.get(param, f"a parameter of group {index}") + f", shape {tuple(param.shape)}"
+        name = names.get(param, f"a parameter of group {index}")
+        return f"{name}, shape {tuple(param.shape)}"
 
 
 def _processes() -> int:

@@ -86,7 +86,7 @@ def test_tied_weights_are_updated_once_a_backward() -> None:
 
 
 def live_gradients(net: nn.Module, optimizer: Any, *, in_backward: bool, inputs: Tensor) -> int:
-    """The most bytes of gradients of weights that were alive at once during a backward, each seen by weak reference."""
+    """The most bytes of gradients that were alive at once during a backward, each seen by weak reference."""
     seen: list[weakref.ref[Tensor]] = []
     peak = 0
 
@@ -108,7 +108,9 @@ def live_gradients(net: nn.Module, optimizer: Any, *, in_backward: bool, inputs:
 @pytest.mark.parametrize("rule", ["nero", "lamb", "madam"])
 def test_gradients_take_no_more_than_the_largest_layer(rule: str) -> None:
     def stack() -> nn.Module:
-        return nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)], nn.Linear(64, 128, bias=False))
+        return nn.Sequential(
+            *[nn.Linear(64, 64, bias=False) for _ in range(8)], nn.Linear(64, 128, bias=False)
+        )
 
     inputs, sizes = torch.randn(4, 64), [p.numel() * 4 for p in stack().parameters()]
     nets = stack(), stack()
@@ -185,7 +187,9 @@ def test_the_closure_of_a_step_may_run_backward() -> None:
         return value
 
     for _ in range(2):
-        values = [o.step(functools.partial(closure, n, o)) for n, o in ((ordinary, first), (stepping, second))]
+        values = [
+            o.step(functools.partial(closure, n, o)) for n, o in ((ordinary, first), (stepping, second))
+        ]
         assert values[0] == values[1]
     assert same_bits(ordinary, stepping)
 
@@ -286,7 +290,10 @@ def test_create_graph_is_refused() -> None:
         (archopt.AGD, "AGD cannot.*step size is formed from the gradients of all tensors"),
         (archopt.AutoNero, "AutoNero cannot.*angle follows from the gradients of all"),
         (lambda net: archopt.constrain(archopt.Lamb(net)), "projects after each whole step"),
-        (lambda net: torch.optim.SGD(net.parameters(), lr=0.1), r"torch\.optim\.sgd\.SGD.*optimiser of its own"),
+        (
+            lambda net: torch.optim.SGD(net.parameters(), lr=0.1),
+            r"torch\.optim\.sgd\.SGD.*optimiser of its own",
+        ),
     ],
 )
 def test_optimisers_that_cannot_are_refused(build: Any, reason: str) -> None:
@@ -333,7 +340,7 @@ def _process(rank: int, store: str) -> None:
         net.zero_grad()
         archopt.step_in_backward(archopt.Nero(net.parameters()))
         before = copy.deepcopy(net)
-        with pytest.raises(RuntimeError, match="2 processes.*DistributedDataParallel"):
+        with pytest.raises(RuntimeError, match=r"2 processes.*DistributedDataParallel"):
             wrapped(inputs).sum().backward()
         assert same_bits(before, net)
 

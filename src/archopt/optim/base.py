@@ -178,7 +178,9 @@ class ArchOptimizer(Optimizer):
 
         Sound for rules without `needs_all_gradients`. Raises TypeError for sparse gradients.
         """
-        alone = object.__new__(type(self))  # shares options and state; a step in another thread does not see it
+        alone = object.__new__(
+            type(self)
+        )  # shares options and state; a step in another thread does not see it
         alone.__dict__ = {**self.__dict__, "param_groups": [{**group, "params": [param]}]}
         alone._check_gradients()
         alone._create_state()
