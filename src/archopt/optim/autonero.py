@@ -115,6 +115,7 @@ class AutoNero(ArchOptimizer):
     """
 
     state_names = ("step", "exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "feedback")
+    needs_all_gradients = "its angle follows from the gradients of all tensors together"
 
     _unscaled: Sequence[tuple[Tensor, Tensor]] = ()
     """Weights that construction scaled, with what they were, until the second step is taken.

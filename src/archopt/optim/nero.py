@@ -117,6 +117,7 @@ class Nero(ArchOptimizer):
     """
 
     state_names = ("step", "exp_avg_sq", "scale", "turn", "skipped")
+    needs_all_gradients = ""
 
     def __init__(
         self,
