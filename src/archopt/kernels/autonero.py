@@ -1,10 +1,9 @@
 """What AutoNero's kernels take, whatever device they are for: tensors, options, and the three passes.
 
-The passes stand in `native/autonero.c` and `cpu_autonero.py`; between them torch works: from the measures it makes
-the limit f, the angle theta and whether the step is live, and between `average` and `turn` the polar factors.
+The passes stand in `native/autonero.c` and `triton_autonero.py`. Between them torch works: from the measures it
+makes the limit f, the angle theta and whether the step is live, and between `average` and `turn` the polar factors.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -51,24 +50,27 @@ class GroupOptions(NamedTuple):
 
 
 class Passes(Protocol):
-    """The passes over some tensors of one device. `scalars`: f, theta, theta lr and whether the step is live (1 or
-    0), one row a group, float64, on the device; a step that is not live changes nothing."""
+    """The passes over some tensors of one device; they also advance the step counts.
+
+    scalars: f, theta, theta lr and whether the step is live (1 or 0), one row a group, float64, on the device.
+    Where it is not live nothing changes.
+    """
 
     def measure(self) -> Tensor:
         """||g||^2 and <g, d> of each tensor: (tensors, 2), float64."""
         ...
 
-    def average(self, scalars: Tensor, reach: Mapping[int, Tensor]) -> Tensor:
+    def average(self, scalars: Tensor, reaches: Tensor) -> Tensor:
         """m and v of all tensors, and the whole step of all that are not hidden; returns their sum of <gh, d>, 0-d.
 
-        reach: of each tensor of kind PLAIN, by position, how long the plain step of a row is, over theta; 0-d,
-        float64.
+        reaches: of each tensor of kind PLAIN, in order, how long the plain step of a row is, over theta; float64.
         """
         ...
 
-    def turn(self, positions: Sequence[int], directions: Tensor, scalars: Tensor) -> Tensor:
-        """The rest of the step of some hidden tensors of one shape; returns their sum of <gh, d>, 0-d.
+    def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> Tensor:
+        """The rest of the step of hidden tensors of one shape; returns their sum of <gh, d>, 0-d.
 
-        directions: their polar factors, (tensors, ...), contiguous, entries in the order of the weights' memory.
+        first, count: the position of the first, and how many. directions: their polar factors, (count, ...),
+        contiguous, entries in the order of the weights' memory.
         """
         ...

@@ -2,12 +2,12 @@
 
 import ctypes
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from archopt.kernels.autonero import HIDDEN, AutoNeroTensor, GroupOptions
+from archopt.kernels.autonero import HIDDEN, PLAIN, AutoNeroTensor, GroupOptions
 from archopt.kernels.cpu import FORMATS, call
 
 WORDS = 16  # of a tensor in the table
@@ -39,8 +39,9 @@ class CpuPasses:
         _call("archopt_autonero_measure", MEASURE, self._table, self._options, sums.data_ptr())
         return sums
 
-    def average(self, scalars: Tensor, reach: Mapping[int, Tensor]) -> Tensor:
-        for position, length in reach.items():
+    def average(self, scalars: Tensor, reaches: Tensor) -> Tensor:
+        heads = [position for position, tensor in enumerate(self.tensors) if tensor.kind == PLAIN]
+        for position, length in zip(heads, reaches.unbind(), strict=True):
             self._table[WORDS * position + REACH] = length.data_ptr()
         expected = torch.empty((), dtype=torch.float64)
         where = scalars.data_ptr(), expected.data_ptr()
@@ -49,16 +50,15 @@ class CpuPasses:
         torch.autograd.graph.increment_version(moved)
         return expected
 
-    def turn(self, positions: Sequence[int], directions: Tensor, scalars: Tensor) -> Tensor:
-        table = array("q")
-        for position, direction in zip(positions, directions.unbind(), strict=True):
-            words = self._table[WORDS * position : WORDS * (position + 1)]
-            words[DIRECTION] = direction.data_ptr()
-            table += words
+    def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> Tensor:
+        table = self._table[WORDS * first : WORDS * (first + count)]
+        for position, direction in enumerate(directions.unbind()):
+            table[WORDS * position + DIRECTION] = direction.data_ptr()
         expected = torch.empty((), dtype=torch.float64)
         where = scalars.data_ptr(), expected.data_ptr()
         _call("archopt_autonero_turn", MOVE, table, self._options, *where)
-        torch.autograd.graph.increment_version([self.tensors[position].weight for position in positions])
+        weights = [tensor.weight for tensor in self.tensors[first : first + count]]
+        torch.autograd.graph.increment_version(weights)
         return expected
 
 

@@ -303,7 +303,7 @@ def nero(
     beta_log = math.log(beta) if beta > 0 else -math.inf
     rounds_at_random = stochastic_rounding and launches.dtype == torch.bfloat16
     table, work, turns, skipped = launches[:4]
-    with _on(table.device):
+    with on(table.device):
         for shape, base, count in launches.calls:
             code.nero[(count,)](
                 table,
@@ -340,7 +340,7 @@ class _Here:
 _HERE = _Here()
 
 
-def _on(device: torch.device) -> Any:
+def on(device: torch.device) -> Any:
     """The context in which launches go to a device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE

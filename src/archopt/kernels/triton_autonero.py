@@ -59,7 +59,9 @@ ROW_EXPONENT = tl.constexpr(10)
 YOUNG_REACH = tl.constexpr(11)
 PACE = tl.constexpr(12)
 
-VECTOR = tl.constexpr(16)  # bytes: memory of aligned rows begins at a multiple of them, every row
+# ALIGNED, where it is not 0: rows of all tensors begin at multiples of VECTOR bytes, and their length is a multiple
+# of so many entries. The compiler is told, which makes it right to load several entries at once.
+VECTOR = tl.constexpr(16)
 
 
 @triton.jit
@@ -189,8 +191,7 @@ def _rows(line, tensor, first, paces_ptr, reach_ptr, u_ptr, W: tl.constexpr, D: 
     count = tl.load(line + ROWS).to(tl.int32)
     fan_in = tl.load(line + FAN_IN).to(tl.int32)
     if ALIGNED:
-        # The compiler is told what makes it right to load several entries at once.
-        fan_in = (fan_in // 8) * 8 if W != tl.float32 or D != tl.float32 else (fan_in // 4) * 4
+        fan_in = (fan_in // ALIGNED) * ALIGNED
     begin = first.to(tl.int64) * fan_in
     row = tl.arange(0, R)
     inside = first + row < count
@@ -232,7 +233,6 @@ def _rows(line, tensor, first, paces_ptr, reach_ptr, u_ptr, W: tl.constexpr, D: 
                 tl.store(m_ptr + at + k, m, mask=mask)
                 square += g * g
             along += m * w
-        tl.debug_barrier()
     else:
         mask = inside[:, None] & (column < fan_in)
         w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -313,7 +313,7 @@ def _average(line, tensor, first, paces_ptr, W: tl.constexpr, ALIGNED: tl.conste
     count = tl.load(line + ROWS).to(tl.int32)
     fan_in = tl.load(line + FAN_IN).to(tl.int32)
     if ALIGNED:
-        fan_in = (fan_in // 8) * 8 if W != tl.float32 else (fan_in // 4) * 4
+        fan_in = (fan_in // ALIGNED) * ALIGNED
     begin = first.to(tl.int64) * fan_in
     row = tl.arange(0, R)
     inside = first + row < count
@@ -375,7 +375,7 @@ def average(table_ptr, work_ptr, paces_ptr, reach_ptr, expected_ptr, base, W: tl
     tensor = tl.load(work_ptr + 2 * unit)
     first = tl.load(work_ptr + 2 * unit + 1)
     line = table_ptr + tensor.to(tl.int64) * COLUMNS
-    expected = 0.0
+    expected = tl.full((), 0.0, tl.float32)
     if tl.load(paces_ptr + tensor * PACE + LIVE) != 0:
         if KIND_OF_WORK == HIDDEN:
             _average(line, tensor, first, paces_ptr, W, ALIGNED, R, C)
@@ -398,7 +398,7 @@ def turn(table_ptr, paces_ptr, u_ptr, expected_ptr, position, units, W: tl.const
     u_ptr += number.to(tl.int64) * tl.load(line + ROWS) * tl.load(line + FAN_IN)
     if ALIGNED:
         u_ptr = tl.multiple_of(u_ptr, VECTOR)
-    expected = 0.0
+    expected = tl.full((), 0.0, tl.float32)
     if tl.load(paces_ptr + tensor * PACE + LIVE) != 0:
         expected = _rows(line, tensor, first, paces_ptr, paces_ptr, u_ptr, W, D, True, ALIGNED, LONG,
                          R, C)  # fmt: skip

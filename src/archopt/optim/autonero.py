@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from archopt.kernels import gpu
 from archopt.neurons import as_rows, row_norm
 from archopt.optim.autonero_fused import fused_steps, unserved
 from archopt.optim.autonero_rule import (
@@ -191,7 +192,12 @@ class AutoNero(ArchOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
+        self._plans = gpu.Plans()
         super().__init__(groups, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = gpu.Plans()  # what was prepared for the tensors of another optimizer is of no use
 
     @property
     def theta(self) -> Tensor:
@@ -348,7 +354,9 @@ class AutoNero(ArchOptimizer):
         given = [(group, params) for group, params in given if params]
         if not given or held is None:
             return
-        fused = fused_steps(given, self.state)  # before all else: a refusal must come before anything moves
+        fused = fused_steps(
+            given, self.state, self._plans
+        )  # before all else: a refusal must come before anything moves
         served = {tensor.weight for step in fused for tensor in step.tensors}
         batches = [
             (group, batch)

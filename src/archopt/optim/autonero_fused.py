@@ -6,15 +6,18 @@ corrected copy of it is needed.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from archopt.kernels import cpu
+from archopt.kernels import cpu, gpu
 from archopt.kernels.autonero import ENTRIES, HIDDEN, PLAIN, TURNING, AutoNeroTensor, GroupOptions, Passes
 from archopt.kernels.cpu_autonero import CpuPasses
+from archopt.kernels.gpu_autonero import GpuPasses
 from archopt.neurons import NeuronDim, statistics_dtype
 from archopt.optim.autonero_rule import LEAST_FEATURES
 from archopt.optim.autonero_tensors import JOINED_ENTRIES, dims_of, movement_dtype, steps_plainly
@@ -31,11 +34,18 @@ States = Mapping[Tensor, dict[str, Tensor]]
 class FusedStep:
     """One step of all tensors of one device that a kernel serves."""
 
-    def __init__(self, tensors: list[AutoNeroTensor], groups: list[Group]) -> None:
-        self.tensors, self.groups = tensors, groups
+    def __init__(self, tensors: list[AutoNeroTensor], groups: list[Group], plans: gpu.Plans) -> None:
+        # Matrices that are joined follow one another.
+        self.tensors = sorted(tensors, key=lambda tensor: _alike(tensor, groups))
+        self.groups = groups
         self.device = tensors[0].weight.device
         options = [_options(group) for group in groups]
-        self._passes: Passes = CpuPasses(tensors, options)
+        self._passes: Passes
+        if self.device.type in gpu.DEVICE_TYPES:
+            spare = any(group["capturable"] for group in groups)
+            self._passes = GpuPasses(self.tensors, options, plans, spare=spare)
+        else:
+            self._passes = CpuPasses(self.tensors, options)
         self._sums: Tensor | None = None
 
     def measure(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -50,64 +60,68 @@ class FusedStep:
             if tensor.kind == PLAIN:
                 yield tensor.weight, self.groups[tensor.group]
 
-    def reaches(self, f: Tensor, bias_squares: Mapping[Tensor, Tensor]) -> dict[int, Tensor]:
-        """How long the plain steps of heads are, over theta, by position: K / h.
+    def reaches(self, f: Tensor, bias_squares: Mapping[Tensor, Tensor]) -> Tensor:
+        """How long the plain steps of heads are, over theta, in their order: K / h; float64.
 
         h needs ||s|| over all rows, with this step in it, which follows from ||g|| of the tensor.
 
         bias_squares: of each head ||s of the bias||^2, 0 without a bias.
         """
         assert self._sums is not None
-        found = {}
+        f = f.to(self.device, torch.float64)
+        found = []
         for position, tensor in enumerate(self.tensors):
             if tensor.kind != PLAIN:
                 continue
             group = self.groups[tensor.group]
             beta2 = group["beta2"]
-            now = f.to(self.device).to(torch.float64).square() * self._sums[position, 0]
+            now = f.square() * self._sums[position, 0]
             square = tensor.exp_avg_sq.sum(dtype=torch.float64).lerp(now, 1 - beta2)
             square = square / bias_correction(beta2, tensor.step + 1)
             bias_sq = bias_squares[tensor.weight].to(self.device, torch.float64).reshape(())
             told = (square / nonzero(bias_sq)).sqrt()
             h = torch.where(bias_sq > 0, told, tensor.fan_in**0.5)
-            found[position] = group["head_gain"] / h.clamp(min=LEAST_FEATURES)
-        return found
+            found.append(group["head_gain"] / h.clamp(min=LEAST_FEATURES))
+        return torch.stack(found) if found else torch.empty(0, dtype=torch.float64, device=self.device)
 
-    def advance(self, f: Tensor, theta: Tensor, live: Tensor, reaches: Mapping[int, Tensor]) -> Tensor:
+    def advance(self, f: Tensor, theta: Tensor, live: Tensor, reaches: Tensor) -> Tensor:
         """The rest of the step; returns sum <gh, d>. All tensors keep their bits unless `live`."""
         f, theta, live = (scalar.to(self.device, torch.float64) for scalar in (f, theta, live))
-        rates = [rate(group) for group in self.groups]
-        rows = [torch.stack([f, theta, theta * lr, live]) for lr in rates]
-        scalars = torch.stack(rows)
+        angles = [theta * rate(group) for group in self.groups]
+        scalars = torch.stack([torch.stack([f, theta, angle, live]) for angle in angles])
         expected = [self._passes.average(scalars, reaches)]
-        for positions, blocks, method in self._batches():
-            directions = self._directions(positions, blocks, method)
-            expected.append(self._passes.turn(positions, directions, scalars))
+        for first, count in self._batches():
+            expected.append(self._passes.turn(first, count, self._directions(first, count), scalars))
         return torch.stack(expected).sum()
 
-    def _batches(self) -> Iterator[tuple[list[int], int, str]]:
-        """Hidden tensors that can be joined, by position, with their blocks and method."""
-        alike: dict[Any, list[int]] = {}
-        for position, tensor in enumerate(self.tensors):
-            if tensor.kind == HIDDEN:
-                group = self.groups[tensor.group]
-                method, blocks = group["orthogonalise"], group["blocks"]
-                key = (tensor.rows, tensor.fan_in, tensor.exp_avg.dtype, blocks, method)
-                alike.setdefault(key, []).append(position)
-        for (rows, fan_in, _, blocks, method), positions in alike.items():
-            count = max(1, JOINED_ENTRIES // (rows * fan_in))
-            for first in range(0, len(positions), count):
-                yield positions[first : first + count], blocks, method
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        """Hidden tensors that are joined: the position of the first, and how many follow one another."""
+        keys = [_alike(tensor, self.groups) for tensor in self.tensors]
+        for key, positions in itertools.groupby(range(len(keys)), key=keys.__getitem__):
+            first, *others = positions
+            if key[0] == HIDDEN:
+                most = max(1, JOINED_ENTRIES // self.tensors[first].weight.numel())
+                end = first + 1 + len(others)
+                for start in range(first, end, most):
+                    yield start, min(most, end - start)
 
-    def _directions(self, positions: list[int], blocks: int, method: str) -> Tensor:
+    def _directions(self, first: int, count: int) -> Tensor:
         """The polar factors of some tensors of one shape, (tensors, blocks, rows, fan_in).
 
         Entries in the order of memory, which for channels-last filters is another order of columns than that of
         their dimensions: the polar factor of a matrix with its columns in another order is the same in that order.
         """
-        moments = [_in_memory(self.tensors[position], blocks) for position in positions]
-        joined = moments[0].unsqueeze(0) if len(moments) == 1 else torch.stack(moments)
-        return orthogonalise(joined, method).contiguous()
+        group = self.groups[self.tensors[first].group]
+        moments = [_in_memory(tensor, group["blocks"]) for tensor in self.tensors[first : first + count]]
+        joined = moments[0].unsqueeze(0) if count == 1 else torch.stack(moments)
+        return orthogonalise(joined, group["orthogonalise"]).contiguous()
+
+
+def _alike(tensor: AutoNeroTensor, groups: list[Group]) -> tuple[Any, ...]:
+    """What tensors have in common whose polar factors are found together."""
+    group = groups[tensor.group]
+    types = str(tensor.weight.dtype), str(tensor.movement.dtype)
+    return tensor.kind, tensor.rows, tensor.fan_in, *types, group["blocks"], group["orthogonalise"]
 
 
 def _in_memory(tensor: AutoNeroTensor, blocks: int) -> Tensor:
@@ -131,10 +145,12 @@ def _options(group: Group) -> GroupOptions:
 # -- what is served ----------------------------------------------------------------------------------------
 
 
-def fused_steps(groups: Iterable[tuple[Group, list[Tensor]]], states: States) -> list[FusedStep]:
+def fused_steps(
+    groups: Iterable[tuple[Group, list[Tensor]]], states: States, plans: gpu.Plans
+) -> list[FusedStep]:
     """The steps of all weights that a kernel serves, one a device.
 
-    groups: each with its parameters that have a gradient.
+    groups: each with its parameters that have a gradient. plans: what kernels prepared at earlier steps.
 
     Raises ValueError, with the reason, where a group has fused=True and a weight of it cannot be served.
     """
@@ -155,21 +171,27 @@ def fused_steps(groups: Iterable[tuple[Group, list[Tensor]]], states: States) ->
                 indices[param.device] = index
                 served_groups.append(group)
             tensors.append(served)
-    return [FusedStep(tensors, served_groups) for tensors, served_groups in found.values() if tensors]
+    return [FusedStep(tensors, of_device, plans) for tensors, of_device in found.values() if tensors]
 
 
 def unserved(param: Tensor, group: Group) -> None:
     """Raises ValueError, with the reason, where no kernel can serve a weight whatever its gradient."""
     memory = cpu.Memory(*made_of(param))
-    reason = cpu.missing() or cpu.obstacle(memory)
-    rows = reason or _rows(memory.shape, memory.strides, *_seen_as(param, group))
+    kernel = _kernel_of(param)
+    rows = kernel.missing() or kernel.obstacle(memory)
+    rows = rows or _rows(memory.shape, memory.strides, *_seen_as(param, group))
     if isinstance(rows, str):
         refuse("AutoNero", param, rows)
 
 
+def _kernel_of(param: Tensor) -> ModuleType:
+    """What serves weights of that device, if anything does."""
+    return gpu if param.device.type in gpu.DEVICE_TYPES else cpu
+
+
 def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: int) -> AutoNeroTensor | str:
     """What the kernel takes, or why it cannot."""
-    if reason := cpu.missing():
+    if reason := _kernel_of(param).missing():
         return reason
     grad = param.grad
     assert grad is not None
@@ -183,6 +205,7 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: in
         is_vector,
         axis,
         channel_groups,
+        _kernel_of(param),
     )
     if isinstance(rows, str):
         return rows
@@ -195,9 +218,7 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: in
     else:
         kind = HIDDEN if group["family"] == "hidden" else TURNING
     m, v, d, radius, grows_to, step = own
-    return AutoNeroTensor(
-        param, grad, m, v, d, radius, grows_to, step, kind, rows.number, rows.fan_in, index
-    )
+    return AutoNeroTensor(param, grad, m, v, d, radius, grows_to, step, kind, rows.number, rows.fan_in, index)
 
 
 State = tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]
@@ -229,6 +250,8 @@ def _rows(
         return layout
     if layout.spread != 1:
         return "the entries of a row are not neighbours in memory"
+    if layout.batches * layout.rows > gpu.LARGEST or layout.run > gpu.LARGEST:
+        return f"it has more than {gpu.LARGEST} rows, or entries of one"
     return _Rows(layout.batches * layout.rows, layout.run)
 
 
@@ -241,10 +264,11 @@ def _verdict(
     is_vector: bool,
     axis: NeuronDim,
     channel_groups: int,
+    kernel: ModuleType,
 ) -> _Rows | str:
     """The rows of a weight with this gradient and state, or why the kernel cannot serve it: decided once."""
     weight = cpu.Memory(*param)
-    if reason := cpu.obstacle(weight) or cpu.obstacle_of_gradient(weight, cpu.Memory(*grad)):
+    if reason := kernel.obstacle(weight) or cpu.obstacle_of_gradient(weight, cpu.Memory(*grad)):
         return reason
     exact = statistics_dtype(weight.dtype)
     wanted = (exact, exact, movement, exact, exact, torch.float32)

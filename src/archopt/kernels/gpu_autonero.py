@@ -1,0 +1,256 @@
+"""AutoNero's GPU kernels (triton_autonero.py): their tables and launches."""
+
+import importlib
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from archopt.kernels import gpu
+from archopt.kernels.autonero import ENTRIES, HIDDEN, PLAIN, TURNING, AutoNeroTensor, GroupOptions
+
+MEASURED = 4096  # entries that a program measures
+SUMMED = 256  # parts that a program adds up at a time
+OF_VECTORS = 1024  # entries of a vector that a program moves
+ON_CHIP = 8192  # entries of a row up to which it is read once
+LONG_TILE = 2048  # entries at a time of a longer one
+TILE = 2048  # entries that a program holds, where rows are short: 16 a thread
+COLUMNS, OPTIONS, PACE = 15, 7, 12  # numbers a tensor, a group and a tensor, as in triton_autonero.py
+VECTOR = 16  # bytes
+
+Types = tuple[torch.dtype, torch.dtype]  # of a weight and of its movement
+
+
+class Shape(NamedTuple):
+    """What a launch does at a time: `rows` rows, `columns` entries of each; the whole of them unless `long`."""
+
+    kind: int
+    aligned: int
+    """Entries that can be read at once because memory is aligned; 0 if it is not."""
+    long: bool
+    rows: int
+    columns: int
+    warps: int
+
+
+class Call(NamedTuple):
+    """A launch over a list of units: so many from `first` on."""
+
+    types: Types
+    shape: Shape
+    first: int
+    units: int
+
+
+class Work(NamedTuple):
+    """The launches for tensors of certain shapes."""
+
+    measures: tuple[Call, ...]
+    averages: tuple[Call, ...]
+    of_measures: Tensor  # int32, (units, 2): tensor and number of its part
+    of_averages: Tensor  # tensor and first row or entry
+    parts: tuple[tuple[int, int], ...]  # of each tensor the first unit of `measure`, and how many
+
+
+class Prepared(NamedTuple):
+    """What a step of some tensors needs on the device, as long as they lie where they lie."""
+
+    table: Tensor
+    options: Tensor
+    work: Work
+
+
+class GpuPasses:
+    """`archopt.kernels.autonero.Passes` on a GPU. Step counts are advanced by `average`, of hidden tensors too."""
+
+    def __init__(
+        self,
+        tensors: Sequence[AutoNeroTensor],
+        options: Sequence[GroupOptions],
+        plans: gpu.Plans,
+        *,
+        spare: bool,
+    ) -> None:
+        self.tensors = tensors
+        self._code: Any = importlib.import_module("archopt.kernels.triton_autonero")
+        self._device = tensors[0].weight.device
+        self._shapes = [_shape(tensor) for tensor in tensors]
+        lines = [_line(tensor) for tensor in tensors]
+        if gpu.capturing():
+            self._prepared = plans.captured(lambda: self._prepare(lines, options, plans))
+        else:
+            if spare and self._device.type != "cpu":
+                plans.make_room(len(lines) * COLUMNS + len(options) * OPTIONS)
+            key = (self._device, *map(tuple, options), *lines, *map(_types, tensors))
+            self._prepared = plans.get(key, lambda: self._prepare(lines, options, plans))
+        self._paces: Tensor | None = None
+
+    def measure(self) -> Tensor:
+        made, count = self._prepared, len(self.tensors)
+        parts = self._empty(made.work.of_measures.size(0), 2)
+        sums = torch.empty((count, 2), dtype=torch.float64, device=self._device)
+        with gpu.on(self._device):
+            for call in made.work.measures:
+                self._code.measure[(call.units,)](
+                    made.table,
+                    made.work.of_measures,
+                    parts,
+                    call.first,
+                    *self._triton(call.types),
+                    N=call.shape.columns,
+                    ALIGNED=call.shape.aligned,
+                    num_warps=call.shape.warps,
+                )
+            self._code.total[(count,)](made.table, made.options, parts, sums, N=SUMMED, num_warps=4)
+        return sums
+
+    def average(self, scalars: Tensor, reaches: Tensor) -> Tensor:
+        made, count = self._prepared, len(self.tensors)
+        self._paces = self._empty(count, PACE)
+        expected = self._empty(made.work.of_averages.size(0))
+        with gpu.on(self._device):
+            self._code.paces[(count,)](made.table, made.options, scalars, self._paces, num_warps=1)
+            for call in made.work.averages:
+                self._code.average[(call.units,)](
+                    made.table,
+                    made.work.of_averages,
+                    self._paces,
+                    reaches,
+                    expected,
+                    call.first,
+                    *self._triton(call.types),
+                    KIND_OF_WORK=call.shape.kind,
+                    ALIGNED=call.shape.aligned,
+                    LONG=call.shape.long,
+                    R=call.shape.rows,
+                    C=call.shape.columns,
+                    num_warps=call.shape.warps,
+                )
+        torch.autograd.graph.increment_version([t.weight for t in self.tensors if t.kind != HIDDEN])
+        return expected.sum(dtype=torch.float64)
+
+    def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> Tensor:
+        made, tensor = self._prepared, self.tensors[first]
+        assert self._paces is not None, "turn comes after average"
+        aligned = min(shape.aligned for shape in self._shapes[first : first + count])
+        shape = self._shapes[first]._replace(aligned=0 if directions.data_ptr() % VECTOR else aligned)
+        units = -(-tensor.rows // shape.rows)
+        expected = self._empty(count * units)
+        with gpu.on(self._device):
+            self._code.turn[(count * units,)](
+                made.table,
+                self._paces,
+                directions,
+                expected,
+                first,
+                units,
+                *self._triton(_types(tensor)),
+                ALIGNED=shape.aligned,
+                LONG=shape.long,
+                R=shape.rows,
+                C=shape.columns,
+                num_warps=shape.warps,
+            )
+        weights = [tensor.weight for tensor in self.tensors[first : first + count]]
+        torch.autograd.graph.increment_version(weights)
+        return expected.sum(dtype=torch.float64)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self._device)
+
+    def _triton(self, types: Types) -> tuple[Any, ...]:
+        return tuple(self._code.TYPES[dtype] for dtype in types)
+
+    def _prepare(
+        self, lines: Sequence[tuple[int, ...]], options: Sequence[GroupOptions], plans: gpu.Plans
+    ) -> Prepared:
+        # The work depends on shapes alone, not on addresses: a capture finds what steps before it uploaded.
+        geometry = tuple(
+            (_types(t), _aligned(t), s, t.rows, t.fan_in) for t, s in zip(self.tensors, self._shapes)
+        )
+        work = plans.get((self._device, geometry), lambda: self._work(plans))
+        heads = itertools.accumulate((tensor.kind == PLAIN for tensor in self.tensors), initial=0)
+        values: list[int] = []
+        for line, head, parts in zip(lines, heads, work.parts, strict=False):
+            values.extend((*line, head, *parts))
+        logarithms = [
+            [math.log(beta) if beta else -math.inf for beta in of_group[:2]] for of_group in options
+        ]
+        doubles = [[*of_group, *logs] for of_group, logs in zip(options, logarithms, strict=True)]
+        both = [
+            torch.tensor(values),
+            torch.tensor(doubles, dtype=torch.float64).view(torch.int64).reshape(-1),
+        ]
+        upload = plans.upload_in_capture if gpu.capturing() else plans.upload
+        table, of_groups = upload(torch.cat(both), self._device).split([part.numel() for part in both])
+        return Prepared(table, of_groups.view(torch.float64), work)
+
+    def _work(self, plans: gpu.Plans) -> Work:
+        measured, averaged = [], []
+        for index, (tensor, shape) in enumerate(zip(self.tensors, self._shapes, strict=True)):
+            flat = Shape(ENTRIES, _aligned(tensor), False, 1, MEASURED, 4)
+            count = -(-tensor.rows * tensor.fan_in // MEASURED)
+            measured.append((_types(tensor), flat, index, torch.arange(count)))
+            averaged.append((_types(tensor), shape, index, torch.arange(0, tensor.rows, shape.rows)))
+        measures, of_measures, firsts = _units(measured)
+        averages, of_averages, _ = _units(averaged)
+        there = [
+            # Two int32 travel as one int64.
+            plans.upload(units.to(torch.int32).view(torch.int64).reshape(-1), self._device)
+            .view(torch.int32)
+            .reshape(-1, 2)
+            for units in (of_measures, of_averages)
+        ]
+        counts = [parts.numel() for _, _, _, parts in measured]
+        return Work(measures, averages, there[0], there[1], tuple(zip(firsts, counts, strict=True)))
+
+
+def _types(tensor: AutoNeroTensor) -> Types:
+    return tensor.weight.dtype, tensor.movement.dtype
+
+
+def _line(tensor: AutoNeroTensor) -> tuple[int, ...]:
+    """Addresses and sizes of a tensor."""
+    return (*[held.data_ptr() for held in tensor[:8]], *tensor[8:])
+
+
+def _aligned(tensor: AutoNeroTensor) -> int:
+    """How many of its entries can be read at once: 0 if its memory is not aligned."""
+    narrowest = min(tensor.weight.element_size(), tensor.movement.element_size())
+    begins = [held.data_ptr() % VECTOR for held in (*tensor[:3], tensor.movement)]
+    return 0 if any(begins) else VECTOR // narrowest
+
+
+def _shape(tensor: AutoNeroTensor) -> Shape:
+    """How a kernel works on it."""
+    if tensor.kind == ENTRIES:
+        return Shape(ENTRIES, 0, False, OF_VECTORS, 1, 4)
+    kind = HIDDEN if tensor.kind == HIDDEN else TURNING
+    aligned = _aligned(tensor)
+    if aligned and tensor.fan_in % aligned:
+        aligned = 0
+    if tensor.fan_in > ON_CHIP:
+        return Shape(kind, aligned, True, 1, LONG_TILE, 8)
+    columns = max(32, 1 << (tensor.fan_in - 1).bit_length())
+    rows = max(1, TILE // columns)
+    return Shape(kind, aligned, False, rows, columns, max(4, columns * rows // 512))
+
+
+def _units(parts: Sequence[tuple[Types, Shape, int, Tensor]]) -> tuple[tuple[Call, ...], Tensor, list[int]]:
+    """The launches, the list of units (tensor and start), and the first unit of each tensor."""
+    firsts = [0] * len(parts)
+    calls, units, number = [], [], 0
+    alike: dict[tuple[Types, Shape], list[tuple[int, Tensor]]] = {}
+    for types, shape, index, starts in parts:
+        alike.setdefault((types, shape), []).append((index, starts))
+    for (types, shape), members in alike.items():
+        begin = number
+        for index, starts in members:
+            firsts[index] = number
+            units.append(torch.stack([torch.full_like(starts, index), starts], dim=-1))
+            number += starts.numel()
+        calls.append(Call(types, shape, begin, number - begin))
+    return tuple(calls), torch.cat(units), firsts
