@@ -1,10 +1,12 @@
 """Stepping inside backward: the bits of the ordinary step, the memory of the largest gradient, and refusals."""
 
 import copy
-import doctest
 import functools
-import importlib
+import itertools
+import json
+import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,44 @@ def test_gradients_take_no_more_than_the_largest_layer(rule: str) -> None:
         for net, flag in zip(nets, (False, True), strict=True)
     ]
     assert peaks == [sum(sizes), max(sizes)]
+
+
+def highest(work: Callable[[], object]) -> int:
+    """By how many bytes memory rises during some work, at the most: every allocation of torch counts."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        work()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+def test_memory_of_a_backward_with_its_step_falls_by_the_gradients_of_all_but_few_layers() -> None:
+    layers, inputs = 16, torch.randn(2, 128)
+    layer = 128 * 128 * 4
+
+    def peak(stepping: bool) -> int:
+        net = nn.Sequential(*[nn.Linear(128, 128, bias=False) for _ in range(layers)])
+        optimizer = archopt.Nero(net.parameters(), fused=False, foreach=False)
+        handle = archopt.step_in_backward(optimizer)
+        net(inputs).square().mean().backward()  # makes the state
+        optimizer.step()
+        if not stepping:
+            handle.remove()
+
+        def work() -> None:
+            net(inputs).square().mean().backward()
+            optimizer.step()
+
+        return highest(work)
+
+    ordinary, stepping = peak(False), peak(True)
+    assert ordinary >= layers * layer
+    assert (
+        stepping <= 6 * layer
+    )  # one gradient and what the plain step of one tensor holds; activations are small
 
 
 def test_accumulated_gradients_give_the_bits_of_the_ordinary_step() -> None:
@@ -316,10 +356,6 @@ def test_to_attach_twice_is_refused() -> None:
     archopt.step_in_backward(optimizer)
     with pytest.raises(ValueError, match="already"):
         archopt.step_in_backward(optimizer)
-
-
-def test_docstring_examples_run() -> None:
-    assert doctest.testmod(importlib.import_module("archopt.step_in_backward")).failed == 0
 
 
 # -- several processes -------------------------------------------------------------------------------------

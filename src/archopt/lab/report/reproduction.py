@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from archopt.lab.markdown import escaped
 from archopt.lab.report import html, text
 from archopt.lab.report.charts import learning_curves, sensitivity
 from archopt.lab.report.load import Comparison, Metric, ReportError, Workload, load, read_record
 from archopt.lab.report.panels import Figure
 from archopt.lab.report.statistics import Cell, Row, Spread, Summary, summarise
 from archopt.lab.report.style import Style, styles
-from archopt.lab.report.table import Column, Entry, Table, escaped, markdown_table, with_best
+from archopt.lab.report.table import Column, Entry, Table, markdown_table, with_best
 
 RECORD = "reproduction.json"
 PAGE = "report.html"

@@ -34,6 +34,8 @@ class Bench:
                 f"{name} in {dtype_name(dtype)} needs {gigabytes(need)} for weights, gradients and a copy of the "
                 f"weights; {gigabytes(free)} are free on {device}"
             )
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # whose stream the clock listens to
         torch.manual_seed(SEED)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # built in it: a conversion would hold both

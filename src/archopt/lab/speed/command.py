@@ -1,16 +1,18 @@
 """`archopt speed`: measures, prints the table, and leaves a record and a picture."""
 
+import contextlib
 import datetime
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from rich.console import Console
+from rich.live import Live
 from rich.text import Text
 from tyro.conf import arg
 
@@ -115,8 +117,8 @@ def _measure(asked: Speed, command: str) -> int:
     for name in sets:
         for dtype in dtypes:
             try:
-                with console.status(name) as status:
-                    table = _table(asked, name, dtype, device, contenders, status.update)
+                with _telling(console) as follow:
+                    table = _table(asked, name, dtype, device, contenders, follow)
             except LabError as error:  # it does not fit
                 record["refused"].append(str(error))
                 console.print(Text(str(error)), soft_wrap=True)
@@ -132,6 +134,13 @@ def _measure(asked: Speed, command: str) -> int:
     console.print(_draw(record, path), highlight=False, soft_wrap=True, markup=False)
     console.print(f"record: {path}", highlight=False, soft_wrap=True, markup=False)
     return 0
+
+
+@contextlib.contextmanager
+def _telling(console: Console) -> Iterator[Callable[[str], None]]:
+    """What is being measured, in a line that changes between turns alone: it takes no time from a step."""
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        yield lambda words: live.update(Text(words), refresh=True)
 
 
 def _each_of(text: str, valid: dict[str, Any], option: str) -> list[str]:

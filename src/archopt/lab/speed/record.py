@@ -63,7 +63,9 @@ def _derived(row: Row, rows: Mapping[str, Row], dtype: torch.dtype, training: fl
         "of_copy": of_copy,
         "state_per_parameter": row["state_bytes"] / row["entries"],
         "transient": row["transient_bytes"] / (row["entries"] * dtype.itemsize),
-        "training_share": median / (median + training) if training and row["style"] else None,
+        "training_share": median / (median + training)
+        if training and row["name"] not in (ADD, COPY)
+        else None,
     }
 
 

@@ -5,8 +5,9 @@ their turn, in an order that moves on by one, and only one optimiser's state exi
 meanwhile hits all alike: ratios are formed within rounds.
 """
 
+import contextlib
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -23,6 +24,7 @@ from archopt.lab.user_files import describe
 ROUNDS = 5
 SAMPLES = 20  # of a turn, at most
 PATIENCE = 5
+QUICKEST = 1e-6  # seconds; no clock tells less
 FEWEST = 3  # samples of a row, however long a step takes
 
 Follow = Callable[[str], None]
@@ -60,7 +62,7 @@ class Row:
     def stop(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
 
-    def as_json(self, streams: Any = None) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Its part of the record, before anything is derived."""
         contender = self.contender
         return {
@@ -84,17 +86,37 @@ def measure(bench: Bench, contenders: Iterable[Contender], seconds: float, follo
     """Rows of the limits and the contenders, about `seconds` of timed steps each. `follow` is told who is next."""
     rows = [Row(name, what, entries=bench.entries) for name, what in LIMITS.items()]
     rows += [Row(c.name, c.what, c) for c in contenders]
-    for index in range(ROUNDS):
-        turn = index % len(rows)
-        for row in rows[turn:] + rows[:turn]:
-            if row.status != "measured" or row.has_enough(seconds):
-                continue
-            follow(f"{bench.name}, round {index + 1} of {ROUNDS}: {row.name}")
-            begun = perf_counter()
-            _take_turn(row, bench, seconds / ROUNDS, index)
-            gc.collect()
-            row.spent += perf_counter() - begun
+    with _collecting_between_turns() as collect:
+        for index in range(ROUNDS):
+            turn = index % len(rows)
+            for row in rows[turn:] + rows[:turn]:
+                if row.status != "measured" or row.has_enough(seconds):
+                    continue
+                follow(f"{bench.name}, round {index + 1} of {ROUNDS}: {row.name}")
+                begun = perf_counter()
+                _take_turn(row, bench, seconds / ROUNDS, index)
+                collect()
+                row.spent += perf_counter() - begun
     return rows
+
+
+@contextlib.contextmanager
+def _collecting_between_turns() -> Iterator[Callable[[], object]]:
+    """Python's collector must not fall into a step, and what outlives a turn need not be looked at again."""
+
+    def collect() -> None:
+        gc.collect()
+        gc.freeze()
+
+    enabled = gc.isenabled()
+    collect()
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def _take_turn(row: Row, bench: Bench, seconds: float, index: int) -> None:
@@ -156,7 +178,7 @@ def _time(row: Row, bench: Bench, step: Callable[[], object], seconds: float, in
     """
     begun = perf_counter()
     step()
-    guess = bench.seconds(step, 1, 1)[0]
+    guess = max(bench.seconds(step, 1, 1)[0], QUICKEST)
     if guess >= seconds:
         row.rounds[index] = [guess]
     else:

@@ -7,7 +7,7 @@ from rich.box import SIMPLE
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from archopt.lab.report.table import escaped
+from archopt.lab.markdown import escaped
 
 HEADS = (
     "step",
@@ -61,7 +61,7 @@ def cells(table: dict[str, Any]) -> list[list[str]]:
             _number(row["to_add"], ".2f"),
             _number(row["bound_to_add"], ".2f"),
             _number(row["to_adamw"], ".2f"),
-            _number(row["bandwidth"], ".1f", 1e-9),
+            _gigabytes(row["bandwidth"]),
             _number(row["of_copy"], ".0f", 100, " %"),
             "" if limit else _number(row["state_per_parameter"], ".3g"),
             "" if limit else _number(row["transient"], ".1f", 100, " %"),
@@ -101,6 +101,12 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g}" if seconds < 1 else f"{1000 * seconds:,.0f}"
 
 
+def _gigabytes(bandwidth: float | None) -> str:
+    if bandwidth is None:
+        return "–"
+    return f"{bandwidth / 1e9:.1f}" if bandwidth < 1e11 else f"{bandwidth / 1e9:,.0f}"
+
+
 def _number(value: float | None, spec: str, factor: float = 1, unit: str = "") -> str:
     return "–" if value is None else f"{value * factor:{spec}}{unit}"
 
@@ -109,7 +115,12 @@ def machine(record: dict[str, Any]) -> str:
     """One line on where it was made."""
     hardware, software = record["hardware"], record["software"]
     caches = ", ".join(f"{name} {size}" for name, size in hardware["caches"].items())
-    details = [f"{hardware['cores']} cores", f"{software['threads']} threads", *([caches] if caches else [])]
+    threads = software["threads"]
+    details = [
+        f"{hardware['cores']} cores",
+        f"{threads} thread{'s' if threads > 1 else ''}",
+        *([caches] if caches else []),
+    ]
     cpu = f"{hardware['cpu']} ({', '.join(details)})"
     gpu = hardware["gpu"]
     where = f"{gpu['name']} (compute capability {gpu['capability']}); {cpu}" if gpu else cpu
