@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from archopt.lab.errors import LabError
+from archopt.lab.share import ALONE, Share
 
 FORWARD_BACKWARD, OPTIMIZER, OTHER = "forward_backward", "optimizer", "other"
 PHASES = (FORWARD_BACKWARD, OPTIMIZER, OTHER)
@@ -143,9 +144,10 @@ class Means:
         """Whether the losses since the last `take` are finite; waits for the device."""
         return math.isfinite(self._sums.get("loss", 0.0))
 
-    def take(self) -> dict[str, float]:
-        """The means since the last `take`."""
-        means = {key: float(value) / self._weight for key, value in self._sums.items()}
+    def take(self, share: Share = ALONE) -> dict[str, float]:
+        """The means since the last `take`, over all processes."""
+        weight, *sums = share.sum([self._weight, *map(float, self._sums.values())])
+        means = {key: value / weight for key, value in zip(self._sums, sums, strict=True)}
         self._sums, self._weight, self.count = {}, 0.0, 0
         return means
 

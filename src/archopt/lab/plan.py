@@ -14,6 +14,7 @@ from archopt.lab.optimizers import Choice, check_lr, parse_grid
 from archopt.lab.record import COMPARISON, FORMAT, explained, run_path, stored_result, write_json
 from archopt.lab.train import Settings, run_config
 from archopt.lab.trainers import trainer_of
+from archopt.lab.workload import Workload
 
 Rates = str | Sequence[float]
 """`grid`, `published`, `default`, or numbers."""
@@ -63,7 +64,7 @@ class RunSpec:
         return f"{self.config['workload']} {self.config['optimizer']['label']}{rate} seed {self.seed}"
 
 
-def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[float | None]:
+def rates(asked: Rates, choice: Choice, workload: Workload) -> Sequence[float | None]:
     """The learning rates at which an optimiser is run on a workload.
 
     A rule without a rate is run once, one with rates in its brackets at those. Else the default is tried in every
@@ -74,7 +75,7 @@ def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[floa
     if choice.own_lrs:
         return sorted(set(choice.own_lrs))
     default = choice.default_lr
-    if asked == "published" and (lr := choice.published_lr(experiment.workload.published)) is not None:
+    if asked == "published" and (lr := choice.published_lr(workload.published)) is not None:
         return [lr]
     if asked in ("published", "default"):
         if default is None:
@@ -83,7 +84,7 @@ def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[floa
                 f"{name} has no default learning rate; give one: '{name}(lr=...)' or --lrs 0.01,0.1"
             )
         return [default]
-    grid = experiment.workload.lrs if asked == "grid" else [check_lr(choice.entry, lr) for lr in asked]
+    grid = workload.lrs if asked == "grid" else [check_lr(choice.entry, lr) for lr in asked]
     tried = {float(lr) for lr in grid if isinstance(lr, int | float)}
     return sorted(tried if default is None else tried | {default})
 
@@ -121,7 +122,7 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
         workloads.append(_describe(experiment))
         name, settings = experiment.workload.name, experiment.workload.published
         for choice in choices:
-            lrs = rates(plan.lrs, choice, experiment)
+            lrs = rates(plan.lrs, choice, experiment.workload)
             if reason := check_choice(experiment, choice, lrs):
                 refused[choice.label].append(reason)
             told = optimizers[choice.label]
