@@ -20,6 +20,7 @@ from archopt.lab.comparisons import COMPARISONS, NamedComparison, at_rates, spel
 from archopt.lab.distributed import joined
 from archopt.lab.errors import LabError
 from archopt.lab.experiment import WorkloadChoice, make_workload, open_experiment, workload_class
+from archopt.lab.measure import threads
 from archopt.lab.optimizers import check_lr, parse_optimizer
 from archopt.lab.plan import Plan, parse_device, rates, show_metric
 from archopt.lab.progress import RunProgress, SweepProgress
@@ -175,7 +176,8 @@ def _train(asked: Train, choice: WorkloadChoice, share: Share) -> int:
         raise LabError(f"the learning rate is given twice: --lr {asked.lr} and {asked.optimizer}")
     else:
         lr = check_lr(optimizer.entry, asked.lr)
-    experiment = open_experiment(choice, asked.data, share.place(parse_device(asked.device)))
+    with threads(settings.threads):
+        experiment = open_experiment(choice, asked.data, share.place(parse_device(asked.device)))
     path = run_path(asked.out, experiment.folder, optimizer.label, lr, asked.seed)
     rate = "" if lr is None else f" lr={lr:g}"
     title = f"{experiment.folder} {optimizer.label}{rate} seed {asked.seed}"

@@ -10,6 +10,7 @@ import torch
 
 from archopt.lab.errors import LabError
 from archopt.lab.experiment import Experiment, WorkloadChoice, open_experiment
+from archopt.lab.measure import threads
 from archopt.lab.optimizers import Choice, check_lr, parse_grid
 from archopt.lab.record import COMPARISON, FORMAT, explained, run_path, stored_result, write_json
 from archopt.lab.train import Settings, run_config
@@ -107,6 +108,12 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
     Raises LabError for bad input, for an optimiser that can train none of the workloads, and for a folder that
     holds a different run; DataError where data is missing.
     """
+    # Every optimiser is built once on every model, and orthogonal weights take all threads that they may.
+    with threads(plan.settings.threads):
+        return _plan_runs(plan)
+
+
+def _plan_runs(plan: Plan) -> list[RunSpec]:
     if unknown := [seed for seed in plan.tuning_seeds if seed not in plan.seeds]:
         raise LabError(f"--tuning-seeds has {unknown[0]}, which is none of the seeds {_listed(plan.seeds)}")
     choices = _distinct("optimiser", [choice for text in plan.optimizers for choice in parse_grid(text)])

@@ -7,7 +7,7 @@ import platform
 import statistics
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -137,10 +137,8 @@ def train(
     share.agree(config, experiment.device)
     if (ended := share.first(lambda: stored_result(path, config))) is not None:
         return ended
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or threads)
     follower = Tracked(watcher or Watcher(), () if share.rank else settings.log, path, config)
-    try:
+    with measure.threads(settings.threads), closing(follower):
         run = Run(experiment, choice, lr, seed, settings, follower, share)  # what it refuses leaves no trace
         with share.folder(path, config) as folder:
             ended = share.first(lambda: folder.result)
@@ -152,9 +150,6 @@ def train(
             result = run.to_end(folder, state)
             folder.finish(result)
             return result
-    finally:
-        follower.close()
-        torch.set_num_threads(threads)
 
 
 @dataclass
