@@ -24,7 +24,7 @@ from archopt.lab.errors import LabError
 from archopt.lab.record import RunFolder, identity
 from archopt.lab.share import ALONE, Share
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 """In which all processes must have come."""
 ANSWER_SECONDS = 600.0
 """For which one process may keep the others waiting: loading, evaluating or writing longer than they do."""
