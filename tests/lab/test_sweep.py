@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from archopt.lab.errors import LabError, RecordError
 from archopt.lab.experiment import WorkloadChoice
@@ -93,6 +94,15 @@ def test_a_class_without_a_default_rate_needs_one(tmp_path: Path):
     assert rates("grid", mine, toy().workload) == [0.01, 0.1]
     with pytest.raises(LabError, match="no default learning rate; give one"):
         rates("default", mine, toy().workload)
+
+
+def test_planning_keeps_to_the_threads_that_were_asked_for(tmp_path: Path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("archopt.lab.plan.check_choice", lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    plan_runs(plan(tmp_path, settings=Settings(threads=3)))
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == before
 
 
 def test_all_runs_of_the_first_seed_come_first(tmp_path: Path):

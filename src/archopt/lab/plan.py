@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from archopt.lab.errors import LabError
-from archopt.lab.experiment import Experiment, WorkloadChoice, open_experiment
+from archopt.lab.experiment import (
+    Experiment,
+    WorkloadChoice,
+    make_workload,
+    open_experiment,
+    workload_class,
+)
 from archopt.lab.measure import threads
 from archopt.lab.optimizers import Choice, check_lr, parse_grid
 from archopt.lab.record import COMPARISON, FORMAT, explained, run_path, stored_result, write_json
@@ -118,6 +124,7 @@ def _plan_runs(plan: Plan) -> list[RunSpec]:
         raise LabError(f"--tuning-seeds has {unknown[0]}, which is none of the seeds {_listed(plan.seeds)}")
     choices = _distinct("optimiser", [choice for text in plan.optimizers for choice in parse_grid(text)])
     device = parse_device(plan.settings.device)
+    _check_settings(plan, choices)
     specs: list[RunSpec] = []
     workloads: list[dict[str, Any]] = []
     optimizers = {choice.label: _describe_optimizer(choice) for choice in choices}
@@ -144,6 +151,20 @@ def _plan_runs(plan: Plan) -> list[RunSpec]:
         stored_result(spec.path, spec.config)  # refuses a folder that holds a different run
     _write_comparison(plan, workloads, optimizers)
     return sorted(specs, key=lambda spec: plan.seeds.index(spec.seed))
+
+
+def _check_settings(plan: Plan, choices: Sequence[Choice]) -> None:
+    """Raises LabError, before any data are read, for an optimiser that lacks an option which each workload sets."""
+    settings = [make_workload(workload_class(w.name), w.preset, w.options).published for w in plan.workloads]
+    for choice in choices:
+        reasons = []
+        for published in settings:
+            try:
+                choice.check(published)
+            except LabError as error:
+                reasons.append(error)
+        if len(reasons) == len(settings):
+            raise reasons[0]
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -103,6 +103,11 @@ class SmallPictures:
             torch.tensor(part[:count], dtype=torch.int64)
             for part, count in ((images.train_labels, train), (images.test_labels, test))
         )
+        if (largest := int(torch.cat([self.train_targets, self.test_targets]).max())) >= self.classes:
+            raise DataError(
+                f"a label of {largest} in a set of {self.classes} classes, expected 0 to {self.classes - 1}; "
+                "this is another set, get the right one with archopt data fetch"
+            )
 
     def training(
         self,
