@@ -363,7 +363,7 @@ def test_a_launcher_that_makes_no_sense_is_refused(
 @pytest.mark.parametrize(
     ("workload", "args", "said"),
     [
-        ("mnist-cwn", [], "mnist-cwn cannot be divided among processes (classify, digits can)"),
+        ("mnist-cwn", [], "mnist-cwn cannot be divided among processes (digits, classify can)"),
         ("digits", ["--average"], "--distribute does not go with --average"),
         ("digits", ["--compile"], "--distribute does not go with --compile"),
         ("digits", ["--device", "cuda:1"], "cuda:1"),

@@ -8,7 +8,7 @@ process has died. One that gives up says why in a store before it ends, so that 
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from archopt.lab.errors import LabError
+from archopt.lab.errors import LabError, RankError
 from archopt.lab.record import RunFolder, identity
 from archopt.lab.share import ALONE, Share
 
@@ -33,10 +33,6 @@ LAST_WORDS_SECONDS = 2.0
 PORT = 29500  # torchrun's own
 
 T = TypeVar("T")
-
-
-class RankError(LabError):
-    """Another process of the run has failed, died, or does not answer."""
 
 
 class Store(Protocol):
@@ -200,7 +196,8 @@ def _short(error: BaseException) -> str:
 class Elsewhere(RunFolder):
     """Stands for the folder of a run in a process that does not keep the record."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.result = None
         self._metrics = None
 
@@ -225,6 +222,7 @@ class Ranks(Share):
         self._here, self._store = here, store
         self._gradients: dist.ProcessGroup | None = None  # None: the group of gloo
         self._device = torch.device("cpu")
+        self._alone = False  # whether the store does not answer any more
 
     # -- what the processes tell one another ---------------------------------------------------------------
 
@@ -270,7 +268,7 @@ class Ranks(Share):
                 )
 
     def folder(self, path: Path, config: Mapping[str, Any]) -> RunFolder:
-        return RunFolder(path, config) if self.rank == 0 else Elsewhere()
+        return RunFolder(path, config) if self.rank == 0 else Elsewhere(path)
 
     # -- models --------------------------------------------------------------------------------------------
 
@@ -334,12 +332,13 @@ class Ranks(Share):
         end = monotonic() + LAST_WORDS_SECONDS
         others = [rank for rank in range(self.size) if rank != self.rank]
         while silent := [rank for rank in others if not self._said("survived", rank)]:
-            failed = next((rank for rank in silent if self._said("failed", rank)), None)
-            if failed is not None:
-                return RankError(f"process {failed} of {self.size} gave up: {self._heard('failed', failed)}")
-            if monotonic() > end:
+            if any(self._said("failed", rank) for rank in silent) or monotonic() > end or self._alone:
                 break
             sleep(0.05)
+        # Of those that have failed, the ones that saw no other fail are the cause.
+        for rank in silent or others:
+            if self._said("failed", rank):
+                return RankError(f"process {rank} of {self.size} gave up: {self._heard('failed', rank)}")
         who = f"process {' or '.join(map(str, silent))}" if silent else "a process"
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             return RankError(
@@ -352,15 +351,19 @@ class Ranks(Share):
         )
 
     def _say(self, what: str, words: str) -> None:
-        with suppress(RuntimeError):  # the store may have died with the process that had it
-            self._store.set(f"{what}/{self.rank}", words)
+        self._asked(lambda: self._store.set(f"{what}/{self.rank}", words), None)
 
     def _said(self, what: str, rank: int) -> bool:
-        with suppress(RuntimeError):
-            return bool(self._store.check([f"{what}/{rank}"]))
-        return False
+        return self._asked(lambda: self._store.check([f"{what}/{rank}"]), False)
 
     def _heard(self, what: str, rank: int) -> str:
-        with suppress(RuntimeError):
-            return str(self._store.get(f"{what}/{rank}").decode())
-        return "it does not say why"
+        return self._asked(lambda: self._store.get(f"{what}/{rank}").decode(), "it does not say why")
+
+    def _asked(self, ask: Callable[[], T], otherwise: T) -> T:
+        """What the store says, which may have died with the process that had it: then it is asked no more."""
+        if not self._alone:
+            try:
+                return ask()
+            except RuntimeError:
+                self._alone = True
+        return otherwise

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from archopt._version import __version__
 from archopt.lab import measure, seeds
 from archopt.lab.averaging import Averages
-from archopt.lab.errors import Interrupted, LabError
+from archopt.lab.errors import Interrupted, LabError, RankError
 from archopt.lab.experiment import Experiment
 from archopt.lab.optimizers import Choice, has_modes, numbers, state_bytes
 from archopt.lab.record import FORMAT, RunFolder, stored_result
@@ -288,12 +288,17 @@ class Run:
             if state is None:
                 self._write_line()
             status = self._loop()
+        except RankError as error:
+            return self._failed(error)
         except (LabError, Interrupted):
             raise
         except Exception as error:  # whatever the workload's or the optimiser's code may raise
-            trace = traceback.format_exc()
-            return {**self._result("failed"), "error": describe(self._share.blame(error)), "traceback": trace}
+            return self._failed(self._share.blame(error))
         return self._result(status)
+
+    def _failed(self, error: Exception) -> dict[str, Any]:
+        words = str(error) if isinstance(error, RankError) else describe(error)
+        return {**self._result("failed"), "error": words, "traceback": traceback.format_exc()}
 
     def _loop(self) -> str:
         workload, clock, means, watcher = self.workload, self._clock, self._means, self._watcher

@@ -8,7 +8,7 @@ from archopt.lab.report.lines import draw_lines, values_of
 from archopt.lab.report.load import SPREAD, Point, finite
 from archopt.lab.report.panels import Figure, Panel
 from archopt.lab.report.statistics import Cell, Row, Summary, Value
-from archopt.lab.report.style import OTHERS, Style, choose_axis
+from archopt.lab.report.style import OTHERS, Axis, Style, choose_axis
 
 AUTOMATIC = {"eta": "automatic step size η", "theta": "automatic angle θ (radians)"}
 """Step sizes that a rule chooses itself, by the last part of their key in the records."""
@@ -47,17 +47,23 @@ def automatic_keys(rows: Iterable[Row]) -> list[str]:
     return sorted(key for key in found if key.split("/")[-1] in AUTOMATIC)
 
 
-def step_panel(panel: Panel, cells: dict[str, Cell], key: str) -> Panel | None:
-    """Fills a panel with a number of the steps over training; None where no run has it."""
-    *model, quantity = key.split("/")
-    mean, least, greatest = (_step_value(key, part) for part in SPREAD)
+def step_panel(panel: Panel, cells: dict[str, Cell], key: str, axis: Axis | None = None) -> Panel | None:
+    """Fills a panel with a number of the steps over training, on its own axis or a given one; None where no run has
+    the number."""
+    mean, *band = (_step_value(key, part) for part in SPREAD)
     told = {label: cell for label, cell in cells.items() if values_of(cell.runs, mean)}
-    runs = [run for cell in told.values() for run in cell.runs]
-    title = " ".join([*model, TITLES[quantity]])
-    axis = choose_axis(title, [number for edge in (least, greatest) for number in values_of(runs, edge)])
+    axis = axis or step_axis(told.values(), key)
     if axis is None:
         return None
-    return draw_lines(panel, told, mean, axis, seconds=False, band=(least, greatest))
+    return draw_lines(panel, told, mean, axis, seconds=False, band=(band[0], band[1]))
+
+
+def step_axis(cells: Iterable[Cell], key: str) -> Axis | None:
+    """An axis for a number of the steps, from the least to the greatest in all cells; None where there is none."""
+    *model, quantity = key.split("/")
+    runs = [run for cell in cells for run in cell.runs]
+    values = [number for part in SPREAD[1:] for number in values_of(runs, _step_value(key, part))]
+    return choose_axis(" ".join([*model, TITLES[quantity]]), values)
 
 
 def relative_updates(summary: Summary, styles: Styles) -> Figure | None:
@@ -71,8 +77,9 @@ def relative_updates(summary: Summary, styles: Styles) -> Figure | None:
     return Figure(
         name=f"{summary.workload.slug}-updates",
         subject=summary.workload.title,
-        title="the relative size of an update, ‖ΔW‖/‖W‖ as a mean over layers, at the best learning rate",
-        caption=CAPTION,
+        title="relative updates at the best learning rate",
+        caption="The size of a step over that of the weights (Frobenius norms), a mean over layers. "
+        + CAPTION,
         panels=panels,
     )
 
@@ -103,8 +110,10 @@ def _of_sweep(summaries: Sequence[Summary], names: Sequence[str], label: str) ->
         for options, row in told:
             title = " ".join(f"{name} {options[name]}" for name in names[:-1])
             groups.setdefault(title, {})[f"{names[-1]} {options[names[-1]]}"] = row.leading
+        axis = step_axis((row.leading for _, row in told), key)
         panels = [
-            step_panel(Panel(_ordinal(cells), title=title), cells, key) for title, cells in groups.items()
+            step_panel(Panel(_ordinal(cells), title=title), cells, key, axis)
+            for title, cells in groups.items()
         ]
         yield Figure(
             name=f"sweep-{'-'.join(names)}-{text.file_name(label)}-{text.file_name(key)}",
