@@ -37,4 +37,4 @@ class Faulty(Digits):
         if self.fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "sleep":
-            time.sleep(6.0)
+            time.sleep(25.0)

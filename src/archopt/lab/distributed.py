@@ -31,6 +31,8 @@ ANSWER_SECONDS = 600.0
 LAST_WORDS_SECONDS = 2.0
 """In which processes that go on after another has died report, so that the dead one can be named."""
 PORT = 29500  # torchrun's own
+TIMEOUTS = ("timed out", "timeout", "failed to pass monitoredbarrier")
+"""What gloo says where a process does not answer."""
 
 T = TypeVar("T")
 
@@ -340,7 +342,8 @@ class Ranks(Share):
             if self._said("failed", rank):
                 return RankError(f"process {rank} of {self.size} gave up: {self._heard('failed', rank)}")
         who = f"process {' or '.join(map(str, silent))}" if silent else "a process"
-        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+        said = str(error).lower()
+        if any(words in said for words in TIMEOUTS):
             return RankError(
                 f"{who} of {self.size} has not answered for {ANSWER_SECONDS:.0f} s; the same command goes on from "
                 "the last checkpoint"
