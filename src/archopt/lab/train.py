@@ -189,7 +189,9 @@ class Run:
     ) -> None:
         # A copy, so that what `build` and the steps hang on a workload does not reach the process's next run.
         self.workload = copy.copy(experiment.workload)
-        self.workload.share = self._share = share
+        self._share = share
+        if share.size > 1:
+            self.workload.share = share
         self.seed = seed
         self.clip_norm = clip_norm(experiment, choice, settings)
         self._lr, self._settings = lr, settings
@@ -213,7 +215,7 @@ class Run:
         batch = self.workload.batch(step, self.seed)
         self._weight = self.workload.weight(step)
         if self._share.size > 1:
-            rows = self.workload.rows(step)
+            rows = self.workload.rows_of_step(step)
             part = self._share.count(rows) / rows
             self._weight *= part
             self._pull = part * self._share.size  # gradients are means over processes, whose parts differ

@@ -143,9 +143,9 @@ class Workload:
         """The training batch of a step: a function of (seed, step) alone."""
         raise NotImplementedError(f"{type(self).__name__} must define batch()")
 
-    def rows(self, step: int) -> int:
+    def rows_of_step(self, step: int) -> int:
         """Rows of the batch of a step, of all processes together. For workloads that are divisible."""
-        raise NotImplementedError(f"{type(self).__name__} must define rows(), or not be divisible")
+        raise NotImplementedError(f"{type(self).__name__} must define rows_of_step(), or not be divisible")
 
     def weight(self, step: int) -> float:
         """What the batch of a step counts in the means of a record: its rows, where those are to be exact over

@@ -210,12 +210,12 @@ class Classify(HeldRows):
         if self.set.reads_ahead and step + 1 < self.steps:
             following, _ = super().batch(step + 1, seed)
         generator = torch.Generator().manual_seed(seeds.mix(seed, step, seeds.BATCH))
-        part = Part(self.share.part(whole := self.rows(step)), whole)
+        part = Part(self.share.part(whole := self.rows_of_step(step)), whole)
         return self.set.training(rows, generator, following, part), targets
 
     def weight(self, step: int) -> float:
         """The rows of a batch, so that means are exact over an epoch whose last batch is smaller."""
-        return float(self.rows(step))
+        return float(self.rows_of_step(step))
 
     # -- losses --------------------------------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ class HeldRows(Workload):
     def steps_per_epoch(self) -> int:
         return -(-len(self.train_inputs) // self.batch_rows)
 
-    def rows(self, step: int) -> int:
+    def rows_of_step(self, step: int) -> int:
         """Rows of the batch of a step, of all processes together."""
         before = step % self.steps_per_epoch * self.batch_rows
         return min(self.batch_rows, len(self.train_inputs) - before)
@@ -137,7 +137,7 @@ class HeldRows(Workload):
             order = epoch_order(len(self.train_inputs), seed, epoch).to(self.train_inputs.device)
             self._order = (seed, epoch), order
         rows = self._order[1][index * self.batch_rows : (index + 1) * self.batch_rows]
-        rows = rows[self.share.part(self.rows(step))]
+        rows = rows[self.share.part(self.rows_of_step(step))]
         return self.train_inputs.index_select(0, rows), self.train_targets.index_select(0, rows)
 
 
