@@ -33,6 +33,7 @@ def toy_paper(monkeypatch: pytest.MonkeyPatch) -> Reproduction:
             Reading(toy, "sgd", 0.05, 0.9, 0.01),
             Reading(toy, "adam", 0.02, 0.5, 0.02),
         ),
+        seen=("sgd learns in a minute",),
     )
     grid = NamedComparison(
         "grid",
@@ -41,7 +42,7 @@ def toy_paper(monkeypatch: pytest.MonkeyPatch) -> Reproduction:
         (toy,),
         ("sgd",),
         (0.05, 0.5),
-        published=(Reading(toy, "sgd", 0.05),),
+        published=(Reading(toy, "sgd", 0.05, 0.7, metric="test_loss"),),
     )
     absent = NamedComparison("absent", "no data", "nowhere", ("mnist-cwn",), ("adam",), (0.1,))
     made = Reproduction(
@@ -88,6 +89,14 @@ def test_a_paper_is_trained_to_its_page(toy_paper: Reproduction, tmp_path: Path,
     text = (out / "report.md").read_text()
     assert "90.00 ± 1.00" in text
     assert "Not trained here" in text
+    assert "The paper's figures (read off to 10 or 20 %): sgd learns in a minute." in text
+    assert "Seeds 0, 1." in text
+    loss = over_rates.comparable(over_rates.summary.rows[0].leading)
+    assert loss is not None
+    assert "| here, test loss | published lr | published |" in text
+    assert f"{loss.mean:.2f}"[:3] in text
+    assert "0.7" in text.split("here, test loss")[1]  # a loss, not a share in per cent
+    assert "in another metric, test\\_loss, of which ours stand beside them" in text
     page = (out / "report.html").read_text()
     assert "90.00 ± 1.00" in page
     assert (out / "rows" / "report.html").is_file()
@@ -259,6 +268,16 @@ def test_agd_is_reproduced_to_a_page(tmp_path: Path) -> None:
     assert main(arguments) == DONE
     text = (tmp_path / "report.md").read_text()
     assert "58.00" in text  # the paper's accuracy at 128, beside ours
+    assert text.count("| train\\_bs | optimiser | here, at the end | here, best on the way |") == 1
+    assert "The paper's figures (read off to 10 or 20 %): eta dips early" in text
+    assert (
+        "Means of the step size eta over the steps of an epoch, classify (smoke, train\\_bs=4096, depth=4)"
+        in text
+    )
+    pictures = {path.name for path in (tmp_path / "agd-batches" / "figures").glob("*.png")}
+    assert {"sweep-train_bs.png", "sweep-train_bs-agd-paper-eta.png"} <= pictures
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"agd-batches/figures/{name}" in page for name in ("sweep-train_bs.png",))
     assert "iterations None instead of 500000" in text
     assert "Not trained here: cifar100: train is not in" in text
     assert "channels" not in text

@@ -257,6 +257,7 @@ def _describe(request: Request, part: Part, refused: str) -> dict[str, Any]:
         "name": part.name,
         "summary": named.summary,
         "source": named.source,
+        "seen": list(named.seen),
         "refused": refused,
         "workloads": [
             {

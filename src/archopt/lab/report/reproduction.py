@@ -17,13 +17,15 @@ from archopt.lab.report.charts import learning_curves, sensitivity
 from archopt.lab.report.heat import best_on_the_way, over_options, over_rates, varied
 from archopt.lab.report.load import Comparison, Metric, ReportError, Workload, load, read_record
 from archopt.lab.report.panels import Figure
-from archopt.lab.report.statistics import Cell, Row, Spread, Summary, spread, summarise
-from archopt.lab.report.steps import automatic_steps, relative_updates, steps_over_options
+from archopt.lab.report.statistics import Cell, Row, Spread, Summary, curve, spread, summarise
+from archopt.lab.report.steps import UPDATE, automatic_steps, relative_updates, step_value, steps_over_options
 from archopt.lab.report.style import Style, styles
 from archopt.lab.report.table import Column, Entry, Table, escaped, markdown_table, with_best
 
 RECORD = "reproduction.json"
 PAGE = "report.html"
+FEW = 6
+"""Of no more workloads of a sweep than these are step sizes told in words."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Part:
     source: str
     refused: str
     """Why it cannot be trained here, or empty."""
+    seen: tuple[str, ...]
+    """What the paper's figures show beside its numbers."""
     comparison: Comparison | None
     """None where nothing has been trained."""
     workloads: tuple[Reproduced, ...]
@@ -138,7 +142,13 @@ def _part(folder: Path, entry: Mapping[str, Any]) -> Part:
             published = {known["optimizer"]: Published(**known) for known in told["published"]}
             workloads.append(Reproduced(summary, published, told["deviations"]))
     return Part(
-        entry["name"], entry["summary"], entry["source"], entry["refused"], comparison, tuple(workloads)
+        entry["name"],
+        entry["summary"],
+        entry["source"],
+        entry["refused"],
+        tuple(entry.get("seen", ())),  # which older records do not have
+        comparison,
+        tuple(workloads),
     )
 
 
@@ -298,9 +308,35 @@ def remarks(workload: Reproduced) -> list[str]:
     return lines
 
 
+def _steps(workload: Reproduced) -> Iterator[str]:
+    """Step sizes and relative updates over training, to stand beside what the paper's figures show."""
+    for key, name in (("eta", "step size eta"), (UPDATE, "relative update")):
+        told = []
+        for row in workload.summary.rows:
+            points = curve(row.leading.finished, step_value(key, "mean"))
+            if points:
+                means = [point.mean for point in points]
+                first, last = (f"{mean:.2g}" for mean in (means[0], means[-1]))
+                told.append(
+                    f"{text.setting(row.optimizer.label, row.leading.lr)} {first} in the first, {min(means):.2g} "
+                    f"to {max(means):.2g} on the way, {last} in the last"
+                )
+        if told:
+            title = workload.workload.title
+            yield f"Means of the {name} over the steps of an epoch, {title}: {'; '.join(told)}."
+
+
+def _seen(part: Part) -> list[str]:
+    """What the paper's figures show."""
+    return [f"The paper's figures (read off to 10 or 20 %): {'; '.join(part.seen)}."] if part.seen else []
+
+
 def sweep_remarks(part: Part) -> list[str]:
     """What `remarks` says of the workloads of a sweep, each line once."""
-    return list(dict.fromkeys(line for workload in part.workloads for line in remarks(workload)))
+    lines = [line for workload in part.workloads for line in remarks(workload)]
+    if len(part.workloads) <= FEW:  # of more, the pictures tell
+        lines += [line for workload in part.workloads for line in _steps(workload)]
+    return list(dict.fromkeys(lines))
 
 
 def _orders(workload: Reproduced) -> Iterator[str]:
@@ -351,13 +387,16 @@ def markdown(reproduction: Reproduction) -> str:
         pieces.append(f"## {escaped(part.name)}: {escaped(part.summary)}")
         told = [f"{part.source}.", _absence(part), _seeds(part)]
         pieces.append(" ".join(escaped(words) for words in told if words))
+        if part.workloads and part.seen:
+            pieces.append(escaped(_seen(part)[0]))
         if part.swept:
             pieces.append(markdown_table(over_sweep(part)))
             pieces.append("\n".join(f"- {escaped(line)}" for line in sweep_remarks(part)))
             continue
         for workload in part.workloads:
             pieces.append(markdown_table(beside(workload)))
-            pieces.append("\n".join(f"- {escaped(line)}" for line in remarks(workload)))
+            lines = [*remarks(workload), *_steps(workload)]
+            pieces.append("\n".join(f"- {escaped(line)}" for line in lines))
     return "\n\n".join(piece for piece in pieces if piece) + "\n"
 
 
@@ -412,6 +451,8 @@ def _body(part: Part, looks: dict[str, Style], specs: list[dict[str, Any]]) -> I
     whole = f' <a href="{quote(part.name)}/{PAGE}">All of it.</a>' if part.workloads else ""
     told = f"{part.name}: {part.source}. {_absence(part)} {_seeds(part)}"
     yield f'<p class="soft">{escape(told)}{whole}</p>'
+    if part.workloads:
+        yield "".join(f"<p>{escape(line)}</p>" for line in _seen(part))
     if part.swept:
         yield html.table(over_sweep(part))
         lines = "".join(f"<li>{escape(line)}</li>" for line in sweep_remarks(part))
@@ -421,7 +462,7 @@ def _body(part: Part, looks: dict[str, Style], specs: list[dict[str, Any]]) -> I
         return
     for workload in part.workloads:
         yield html.table(beside(workload), subject=True)
-        lines = "".join(f"<li>{escape(line)}</li>" for line in remarks(workload))
+        lines = "".join(f"<li>{escape(line)}</li>" for line in (*remarks(workload), *_steps(workload)))
         yield f'<ul class="notes">{lines}</ul>'
         for figure in _figures(workload.summary, looks):
             yield html.figure(figure, specs, f"{part.name}/{html.FIGURES}")

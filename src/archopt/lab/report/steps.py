@@ -50,7 +50,7 @@ def automatic_keys(rows: Iterable[Row]) -> list[str]:
 def step_panel(panel: Panel, cells: dict[str, Cell], key: str, axis: Axis | None = None) -> Panel | None:
     """Fills a panel with a number of the steps over training, on its own axis or a given one; None where no run has
     the number."""
-    mean, *band = (_step_value(key, part) for part in SPREAD)
+    mean, *band = (step_value(key, part) for part in SPREAD)
     told = {label: cell for label, cell in cells.items() if values_of(cell.runs, mean)}
     axis = axis or step_axis(told.values(), key)
     if axis is None:
@@ -62,7 +62,7 @@ def step_axis(cells: Iterable[Cell], key: str) -> Axis | None:
     """An axis for a number of the steps, from the least to the greatest in all cells; None where there is none."""
     *model, quantity = key.split("/")
     runs = [run for cell in cells for run in cell.runs]
-    values = [number for part in SPREAD[1:] for number in values_of(runs, _step_value(key, part))]
+    values = [number for part in SPREAD[1:] for number in values_of(runs, step_value(key, part))]
     return choose_axis(" ".join([*model, TITLES[quantity]]), values)
 
 
@@ -84,7 +84,7 @@ def relative_updates(summary: Summary, styles: Styles) -> Figure | None:
     )
 
 
-def _step_value(key: str, part: str) -> Value:
+def step_value(key: str, part: str) -> Value:
     """Mean, least or greatest since the evaluation before; of older records, the last step's."""
 
     def read(point: Point) -> float | None:
