@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -190,8 +191,11 @@ def _train(asked: Train, choice: WorkloadChoice, share: Share) -> int:
     if not progress.begun and result["status"] != "failed":
         console.print("the run has ended before; this is its record")
     if result["status"] == "failed":
-        where = "" if share.rank else f"; {path}/result.json has the traceback"
-        print(f"archopt: the run failed: {result['error']}{where}", file=sys.stderr)
+        # The first process alone keeps a record.
+        where = "ARCHOPT_DEBUG=1 shows" if share.rank else f"{path}/result.json has"
+        print(f"archopt: the run failed: {result['error']}; {where} the traceback", file=sys.stderr)
+        if share.rank and os.environ.get("ARCHOPT_DEBUG"):
+            print(result["traceback"], file=sys.stderr)
         return 1
     best = result["best"]
     shown = show_metric(metric, result["final"].get(metric["key"]))

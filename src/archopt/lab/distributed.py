@@ -108,6 +108,10 @@ def joined(asked: bool) -> Iterator[Share]:
             "--distribute needs a launcher that says which process this is: torchrun --nproc-per-node N -m "
             "archopt.lab train ... --distribute, or mpirun -np N archopt train ... --distribute"
         )
+    if not dist.is_available():
+        raise LabError(
+            "--distribute needs torch.distributed, which this build of torch lacks; train on one process"
+        )
     ranks = Ranks(here, _meet(here))
     try:
         yield ranks
