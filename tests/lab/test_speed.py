@@ -113,7 +113,7 @@ def test_all_are_measured_on_the_same_weights_and_leave_their_gradients() -> Non
         assert torch.equal(param.grad, grad)
     total = sum(p.numel() for p in bench.params)
     matrices = sum(p.numel() for p in bench.params if p.ndim >= 2)
-    assert by_name["nero"].entries == by_name["muon"].entries == total
+    assert by_name["nero"].entries == by_name["autonero"].entries == total
     assert by_name["agd-published"].entries == matrices
     assert by_name["agd-published"].state_bytes == by_name["sgd-fused"].state_bytes == 0
     assert by_name["adamw-fused"].state_bytes == 8 * total + 4 * len(bench.params)
