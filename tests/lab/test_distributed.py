@@ -24,7 +24,7 @@ from real_data import real_data
 
 FAULTY = str(Path(__file__).parent / "faulty.py")
 TOLERANCE, ADAMS = 1e-6, 1e-5
-"""Relative: sums of float32 over a batch are taken in another order, and Adam divides by what may be nearly zero."""
+"""Relative: sums of float32 are taken in another order, and Adam divides by what may be nearly zero."""
 PATIENCE = 300.0  # seconds after which a process counts as hanging
 
 
