@@ -23,8 +23,8 @@ from lab.running import bits, forkserver
 from real_data import real_data
 
 FAULTY = str(Path(__file__).parent / "faulty.py")
-TOLERANCE = 1e-5
-"""Relative: sums of float32 over a batch are taken in another order."""
+TOLERANCE, ADAMS = 1e-6, 1e-5
+"""Relative: sums of float32 are taken in another order, and Adam divides by what may be nearly zero."""
 PATIENCE = 300.0  # seconds after which a process counts as hanging
 
 
@@ -119,7 +119,9 @@ def numbers(line: dict[str, Any]) -> dict[str, float]:
     return flat("", {key: line[key] for key in line if key not in ("seconds", "time")})
 
 
-def same_as_alone(tmp_path: Path, size: int, args: list[str], **how: Any) -> dict[str, Any]:
+def same_as_alone(
+    tmp_path: Path, size: int, args: list[str], tolerance: float = TOLERANCE, **how: Any
+) -> dict[str, Any]:
     """Trains with several processes and with one, compares, and returns the result of the former."""
     apart, alone = tmp_path / "apart", tmp_path / "alone"
     extra = {key: how.pop(key) for key in ("workload", "optimizer") if key in how}
@@ -130,7 +132,7 @@ def same_as_alone(tmp_path: Path, size: int, args: list[str], **how: Any) -> dic
     (ours, config, result), (theirs, plain, _) = record(apart), record(alone)
     assert len(ours) == len(theirs) > 1
     for mine, other in zip(ours, theirs):
-        assert numbers(mine) == pytest.approx(numbers(other), rel=TOLERANCE)
+        assert numbers(mine) == pytest.approx(numbers(other), rel=tolerance)
     assert (config["processes"], "processes" in plain) == (size, False)
     return result
 
@@ -191,7 +193,7 @@ def test_classify_gives_the_numbers_of_one_process_under_open_mpi(tmp_path: Path
     args = ["--data", str(path), "--depth", "4", "--width", "32", "--train-images", "201", "--train-bs", "40"]
     args += ["--test-bs", "30", "--updates-every", "1"]
     how = {"workload": "classify", "optimizer": optimizer, "place": openmpi_place}
-    same_as_alone(tmp_path, 2, args, **how)
+    same_as_alone(tmp_path, 2, args, ADAMS if optimizer.startswith("adam") else TOLERANCE, **how)
     told = record(tmp_path / "apart")[0][-1]["per_step"]
     assert ("eta" in told) == (optimizer == "agd-paper")
 
