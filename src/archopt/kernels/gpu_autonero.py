@@ -1,7 +1,6 @@
 """AutoNero's GPU kernels (triton_autonero.py): their tables and launches."""
 
 import importlib
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -169,30 +168,29 @@ class GpuPasses:
     ) -> Prepared:
         # The work depends on shapes alone, not on addresses: a capture finds what steps before it uploaded.
         geometry = tuple(
-            (_types(t), _aligned(t), s, t.rows, t.fan_in) for t, s in zip(self.tensors, self._shapes)
+            (shape, _types(tensor), tensor.rows, tensor.fan_in, _aligned(tensor, tensor.weight.numel()))
+            for tensor, shape in zip(self.tensors, self._shapes, strict=True)
         )
         work = plans.get((self._device, geometry), lambda: self._work(plans))
-        heads = itertools.accumulate((tensor.kind == PLAIN for tensor in self.tensors), initial=0)
         values: list[int] = []
-        for line, head, parts in zip(lines, heads, work.parts, strict=False):
-            values.extend((*line, head, *parts))
-        logarithms = [
-            [math.log(beta) if beta else -math.inf for beta in of_group[:2]] for of_group in options
+        heads = 0
+        for tensor, line, parts in zip(self.tensors, lines, work.parts, strict=True):
+            values.extend((*line, heads, *parts))
+            heads += tensor.kind == PLAIN
+        doubles = [
+            (*group, *(math.log(beta) if beta else -math.inf for beta in group[:2])) for group in options
         ]
-        doubles = [[*of_group, *logs] for of_group, logs in zip(options, logarithms, strict=True)]
-        both = [
-            torch.tensor(values),
-            torch.tensor(doubles, dtype=torch.float64).view(torch.int64).reshape(-1),
-        ]
+        of_groups = torch.tensor(doubles, dtype=torch.float64).view(torch.int64).reshape(-1)
         upload = plans.upload_in_capture if gpu.capturing() else plans.upload
-        table, of_groups = upload(torch.cat(both), self._device).split([part.numel() for part in both])
-        return Prepared(table, of_groups.view(torch.float64), work)
+        there = upload(torch.cat([torch.tensor(values), of_groups]), self._device)
+        return Prepared(there[: len(values)], there[len(values) :].view(torch.float64), work)
 
     def _work(self, plans: gpu.Plans) -> Work:
         measured, averaged = [], []
         for index, (tensor, shape) in enumerate(zip(self.tensors, self._shapes, strict=True)):
-            flat = Shape(ENTRIES, _aligned(tensor), False, 1, MEASURED, 4)
-            count = -(-tensor.rows * tensor.fan_in // MEASURED)
+            entries = tensor.rows * tensor.fan_in
+            flat = Shape(ENTRIES, _aligned(tensor, entries), False, 1, MEASURED, 4)
+            count = -(-entries // MEASURED)
             measured.append((_types(tensor), flat, index, torch.arange(count)))
             averaged.append((_types(tensor), shape, index, torch.arange(0, tensor.rows, shape.rows)))
         measures, of_measures, firsts = _units(measured)
@@ -217,11 +215,11 @@ def _line(tensor: AutoNeroTensor) -> tuple[int, ...]:
     return (*[held.data_ptr() for held in tensor[:8]], *tensor[8:])
 
 
-def _aligned(tensor: AutoNeroTensor) -> int:
-    """How many of its entries can be read at once: 0 if its memory is not aligned."""
-    narrowest = min(tensor.weight.element_size(), tensor.movement.element_size())
+def _aligned(tensor: AutoNeroTensor, length: int) -> int:
+    """How many entries of its rows of that length can be read at once: 0 if memory is not aligned."""
+    at_once = VECTOR // min(tensor.weight.element_size(), tensor.movement.element_size())
     begins = [held.data_ptr() % VECTOR for held in (*tensor[:3], tensor.movement)]
-    return 0 if any(begins) else VECTOR // narrowest
+    return 0 if any(begins) or length % at_once else at_once
 
 
 def _shape(tensor: AutoNeroTensor) -> Shape:
@@ -229,9 +227,7 @@ def _shape(tensor: AutoNeroTensor) -> Shape:
     if tensor.kind == ENTRIES:
         return Shape(ENTRIES, 0, False, OF_VECTORS, 1, 4)
     kind = HIDDEN if tensor.kind == HIDDEN else TURNING
-    aligned = _aligned(tensor)
-    if aligned and tensor.fan_in % aligned:
-        aligned = 0
+    aligned = _aligned(tensor, tensor.fan_in)
     if tensor.fan_in > ON_CHIP:
         return Shape(kind, aligned, True, 1, LONG_TILE, 8)
     columns = max(32, 1 << (tensor.fan_in - 1).bit_length())

@@ -60,7 +60,8 @@ YOUNG_REACH = tl.constexpr(11)
 PACE = tl.constexpr(12)
 
 # ALIGNED, where it is not 0: rows of all tensors begin at multiples of VECTOR bytes, and their length is a multiple
-# of so many entries. The compiler is told, which makes it right to load several entries at once.
+# of so many entries (to `measure` a tensor is one row). The compiler is told, which makes it right to load several
+# entries at once.
 VECTOR = tl.constexpr(16)
 
 
@@ -85,6 +86,8 @@ def measure(table_ptr, work_ptr, parts_ptr, base,
     first = tl.load(work_ptr + 2 * unit + 1).to(tl.int64) * N
     line = table_ptr + tensor.to(tl.int64) * COLUMNS
     count = tl.load(line + ROWS) * tl.load(line + FAN_IN)
+    if ALIGNED:
+        count = (count // ALIGNED) * ALIGNED
     g_ptr = _pointer(line, GRAD, W, ALIGNED) + first
     d_ptr = _pointer(line, MOVEMENT, D, ALIGNED) + first
     at = tl.arange(0, N)
@@ -210,7 +213,7 @@ def _rows(line, tensor, first, paces_ptr, reach_ptr, u_ptr, W: tl.constexpr, D: 
     if POLAR:
         u_ptr += begin
     else:
-        reach = tl.load(reach_ptr + tl.load(line + HEAD)).to(tl.float32)
+        reach = tl.load(reach_ptr + tl.load(line + HEAD), mask=kind == PLAIN, other=0.0).to(tl.float32)
         g_ptr = _pointer(line, GRAD, W, ALIGNED) + begin
         factor = tl.load(pace + FACTOR)
         beta = tl.load(pace + BETA)
@@ -395,9 +398,10 @@ def turn(table_ptr, paces_ptr, u_ptr, expected_ptr, position, units, W: tl.const
     first = (tl.program_id(0) % units) * R
     tensor = position + number
     line = table_ptr + tensor.to(tl.int64) * COLUMNS
-    u_ptr += number.to(tl.int64) * tl.load(line + ROWS) * tl.load(line + FAN_IN)
+    before = number.to(tl.int64) * tl.load(line + ROWS) * tl.load(line + FAN_IN)
     if ALIGNED:
-        u_ptr = tl.multiple_of(u_ptr, VECTOR)
+        before = (before // ALIGNED) * ALIGNED
+    u_ptr += before
     expected = tl.full((), 0.0, tl.float32)
     if tl.load(paces_ptr + tensor * PACE + LIVE) != 0:
         expected = _rows(line, tensor, first, paces_ptr, paces_ptr, u_ptr, W, D, True, ALIGNED, LONG,

@@ -8,7 +8,6 @@ corrected copy of it is needed.
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,12 +35,14 @@ class FusedStep:
 
     def __init__(self, tensors: list[AutoNeroTensor], groups: list[Group], plans: gpu.Plans) -> None:
         # Matrices that are joined follow one another.
-        self.tensors = sorted(tensors, key=lambda tensor: _alike(tensor, groups))
+        keyed = sorted([(_alike(tensor, groups), i) for i, tensor in enumerate(tensors)])
+        self.tensors = [tensors[i] for _, i in keyed]
+        self._keys = [key for key, _ in keyed]
         self.groups = groups
         self.device = tensors[0].weight.device
         options = [_options(group) for group in groups]
         self._passes: Passes
-        if self.device.type in gpu.DEVICE_TYPES:
+        if _on_gpu(tensors[0].weight):
             spare = any(group["capturable"] for group in groups)
             self._passes = GpuPasses(self.tensors, options, plans, spare=spare)
         else:
@@ -96,8 +97,7 @@ class FusedStep:
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         """Hidden tensors that are joined: the position of the first, and how many follow one another."""
-        keys = [_alike(tensor, self.groups) for tensor in self.tensors]
-        for key, positions in itertools.groupby(range(len(keys)), key=keys.__getitem__):
+        for key, positions in itertools.groupby(range(len(self._keys)), key=self._keys.__getitem__):
             first, *others = positions
             if key[0] == HIDDEN:
                 most = max(1, JOINED_ENTRIES // self.tensors[first].weight.numel())
@@ -177,21 +177,30 @@ def fused_steps(
 def unserved(param: Tensor, group: Group) -> None:
     """Raises ValueError, with the reason, where no kernel can serve a weight whatever its gradient."""
     memory = cpu.Memory(*made_of(param))
-    kernel = _kernel_of(param)
-    rows = kernel.missing() or kernel.obstacle(memory)
-    rows = rows or _rows(memory.shape, memory.strides, *_seen_as(param, group))
+    reason = _missing(param) or _obstacle(memory, _on_gpu(param))
+    rows = reason or _rows(memory.shape, memory.strides, *_seen_as(param, group))
     if isinstance(rows, str):
         refuse("AutoNero", param, rows)
 
 
-def _kernel_of(param: Tensor) -> ModuleType:
-    """What serves weights of that device, if anything does."""
-    return gpu if param.device.type in gpu.DEVICE_TYPES else cpu
+def _on_gpu(param: Tensor) -> bool:
+    """Whether the GPU kernels are for the weight's device."""
+    return param.device.type in gpu.DEVICE_TYPES
+
+
+def _missing(param: Tensor) -> str:
+    """Why the kernels for the weight's device cannot be used at all; an empty string if they can."""
+    return gpu.missing() if _on_gpu(param) else cpu.missing()
+
+
+def _obstacle(weight: cpu.Memory, on_gpu: bool) -> str:
+    """Why those kernels cannot serve a weight, whatever its layout; an empty string if they can."""
+    return gpu.obstacle(weight) if on_gpu else cpu.obstacle(weight)
 
 
 def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: int) -> AutoNeroTensor | str:
     """What the kernel takes, or why it cannot."""
-    if reason := _kernel_of(param).missing():
+    if reason := _missing(param):
         return reason
     grad = param.grad
     assert grad is not None
@@ -205,7 +214,7 @@ def _for_kernel(param: Tensor, state: dict[str, Tensor], group: Group, index: in
         is_vector,
         axis,
         channel_groups,
-        _kernel_of(param),
+        _on_gpu(param),
     )
     if isinstance(rows, str):
         return rows
@@ -264,11 +273,11 @@ def _verdict(
     is_vector: bool,
     axis: NeuronDim,
     channel_groups: int,
-    kernel: ModuleType,
+    on_gpu: bool,
 ) -> _Rows | str:
     """The rows of a weight with this gradient and state, or why the kernel cannot serve it: decided once."""
     weight = cpu.Memory(*param)
-    if reason := kernel.obstacle(weight) or cpu.obstacle_of_gradient(weight, cpu.Memory(*grad)):
+    if reason := _obstacle(weight, on_gpu) or cpu.obstacle_of_gradient(weight, cpu.Memory(*grad)):
         return reason
     exact = statistics_dtype(weight.dtype)
     wanted = (exact, exact, movement, exact, exact, torch.float32)

@@ -21,18 +21,30 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     """Roughly the polar factor: its singular vectors, singular values around 1. Zero matrices stay zero.
 
     matrices: `(..., rows, columns)`, float32 or wider; the products are formed in that type, also under autocast.
+    Whether a GPU forms those of float32 in TF32 is torch's setting (`torch.set_float32_matmul_precision`).
     """
+    return _iterate(unit_frobenius(matrices))
+
+
+def newton_schulz_bfloat16(matrices: Tensor) -> Tensor:
+    """The same with products in bfloat16, as Muon's: many times faster on GPUs, singular values good to about 1 %.
+
+    The result has the type of `matrices`.
+    """
+    return _iterate(unit_frobenius(matrices).to(torch.bfloat16)).to(matrices.dtype)
+
+
+def _iterate(unit: Tensor) -> Tensor:
+    """The five steps, from matrices of Frobenius norm 1. The square products have the smaller side."""
     a, b, c = COEFFICIENTS
-    tall = matrices.size(-2) > matrices.size(-1)
-    x = unit_frobenius(matrices.mT if tall else matrices)
-    shape, x = x.shape, x.reshape(-1, *x.shape[-2:])
+    tall = unit.size(-2) > unit.size(-1)
+    x = unit.reshape(-1, *unit.shape[-2:])
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(STEPS):
-            gram = torch.bmm(x, x.mT)
+            gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            x = torch.baddbmm(x, polynomial, x, beta=a)
-    x = x.reshape(shape)
-    return x.mT if tall else x
+            x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x.reshape(unit.shape)
 
 
 def svd(matrices: Tensor) -> Tensor:
@@ -48,7 +60,11 @@ def svd(matrices: Tensor) -> Tensor:
     return polar
 
 
-METHODS: dict[str, Callable[[Tensor], Tensor]] = {"newton-schulz": newton_schulz, "svd": svd}
+METHODS: dict[str, Callable[[Tensor], Tensor]] = {
+    "newton-schulz": newton_schulz,
+    "newton-schulz-bfloat16": newton_schulz_bfloat16,
+    "svd": svd,
+}
 
 
 def orthogonalise(matrices: Tensor, method: str = "newton-schulz") -> Tensor:

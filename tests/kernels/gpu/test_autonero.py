@@ -5,6 +5,7 @@ to bfloat16 by cutting bits off.
 """
 
 import copy
+import functools
 import os
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from archopt import AutoNero
+import archopt
 from archopt.kernels.gpu_autonero import ON_CHIP
 from archopt.optim import autonero_fused
 
@@ -21,6 +22,10 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 
 # Weights in float32 differ by some roundings. The movement is a difference of two weights over theta = 0.01.
 WEIGHTS, MOVEMENT = 1e-5, 2e-4
+
+
+# At the first angles of the default, from 1e-5 on, a movement in float32 is mostly the rounding of weights.
+AutoNero = functools.partial(archopt.AutoNero, initial_theta=0.01)
 
 
 class Net(nn.Module):
@@ -58,13 +63,13 @@ def give_gradients(model: nn.Module, t: int, skip: tuple[str, ...] = ()) -> None
             param.grad[1] = 0
 
 
-def steps(model: nn.Module, optimizer: AutoNero, times: range) -> None:
+def steps(model: nn.Module, optimizer: archopt.AutoNero, times: range) -> None:
     for t in times:
         give_gradients(model, t, skip=("first.weight",) if t == 2 else ())
         optimizer.step()
 
 
-def values(model: nn.Module, optimizer: AutoNero) -> dict[str, Tensor]:
+def values(model: nn.Module, optimizer: archopt.AutoNero) -> dict[str, Tensor]:
     found = {}
     for name, param in model.named_parameters():
         found[name] = param.detach().clone()
@@ -106,8 +111,9 @@ def test_float32_follows_foreach(options: dict[str, Any]) -> None:
     fused, foreach = AutoNero(model, fused=True, **options), AutoNero(twin, foreach=True, **options)
     steps(model, fused, range(5))
     steps(twin, foreach, range(5))
-    narrow = 2.0**-8 if "movement_dtype" in options else 0.0
-    assert_close(values(model, fused), values(twin, foreach), WEIGHTS, MOVEMENT + narrow)
+    # One digit of bfloat16, and what angles that the feedback makes of it differ by.
+    weights, movement = (1e-4, 2.0**-7) if "movement_dtype" in options else (WEIGHTS, MOVEMENT)
+    assert_close(values(model, fused), values(twin, foreach), weights, movement)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
