@@ -121,6 +121,14 @@ CONTENDERS = {
             style="autonero",
         ),
         Contender(
+            "autonero-bfloat16",
+            "AutoNero(model, orthogonalise='newton-schulz-bfloat16'): matrix products as Muon forms them",
+            lambda model, **options: AutoNero(model, orthogonalise="newton-schulz-bfloat16", **options),
+            state=Streams(0, 2),
+            transient=Streams(0, 2),
+            style="autonero",
+        ),
+        Contender(
             "autonero-turn",
             "AutoNero(model) with the identity in place of its orthogonalisation",
             lambda model, **options: AutoNero(model, orthogonalise=IDENTITY, **options),
