@@ -10,7 +10,7 @@ export ARCHOPT_DATA := $(DATA)
 # What the CPU kernel is compiled from; it is built with the package, where there is a compiler.
 KERNEL := setup.py $(wildcard src/archopt/kernels/native/*)
 
-.PHONY: demo test test-long lint types format clean env
+.PHONY: demo test test-triton test-long lint types format clean env
 
 env: $(STAMP)
 
@@ -26,6 +26,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m 'not slow'
+
+# The GPU kernels, run by Triton's interpreter on the CPU. Where there is a GPU `make test` runs them on it.
+test-triton: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels/gpu
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m slow

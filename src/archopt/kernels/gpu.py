@@ -1,8 +1,8 @@
 """The GPU kernels: finding Triton, what they can serve, and the tables that they read.
 
-A kernel finds its tensors by a *table* on the device, one line a tensor, of addresses and shapes; and its part of the
-work by a list of units (`triton_nero.py`). Both are made when tensors lie elsewhere than before, and kept: a step
-whose gradients came back to memory that they had before uploads nothing, and no step waits for the device.
+A kernel finds its tensors by a *table* on the device, one line a tensor, of addresses and shapes; and its part of
+the work by a list of units (`triton_nero.py`). Both are made when tensors lie elsewhere than before, and kept: a
+step whose gradients came back to memory that they had before uploads nothing, and no step waits for the device.
 
 `import archopt` does not import Triton; the first step that asks for a kernel does.
 """
@@ -12,7 +12,7 @@ import importlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +93,9 @@ class Plans:
     """What was prepared for the tensors of an optimizer, to be used again while they lie where they lay.
 
     What goes into a CUDA graph is never dropped and never used outside of it: the graph itself uploads the table,
-    at every replay, from host memory that nobody writes again. That memory is set aside by steps before the capture,
-    since pinned memory cannot be allocated in one. Hence: at least one step before a capture, as for state, and the
-    optimizer lives as long as the graph.
+    at every replay, from host memory that nobody writes again. That memory is set aside by steps before the
+    capture, since pinned memory cannot be allocated in one. Hence: at least one step before a capture, as for
+    state, and the optimizer lives as long as the graph.
     """
 
     def __init__(self) -> None:
@@ -107,8 +107,7 @@ class Plans:
     def get(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """What was made for `key`, or is made now; the key holds all that the result depends on."""
         if self._last[0] == key:
-            kept: Kept = self._last[1]
-            return kept
+            return cast(Kept, self._last[1])
         if key in self._recent:
             self._recent.move_to_end(key)
         else:
@@ -116,7 +115,7 @@ class Plans:
             if len(self._recent) > RECENT:
                 self._recent.popitem(last=False)
         self._last = (key, self._recent[key])
-        return self._last[1]
+        return cast(Kept, self._last[1])
 
     def captured(self, make: Callable[[], Kept]) -> Kept:
         """What is made now, for a graph."""
@@ -138,11 +137,12 @@ class Plans:
 
     def upload_in_capture(self, values: Tensor, device: torch.device) -> Tensor:
         """As `upload`, at every replay of the graph that is being captured."""
-        if self._room.numel() < values.numel():
+        size = values.numel()
+        if self._room.numel() < size:
             raise RuntimeError(
                 f"{NOT_IN_CAPTURE}, and capturable=True, before the capture (again after {ROOM} of them)"
             )
-        staging, self._room = self._room.split([values.numel(), self._room.numel() - values.numel()])
+        staging, self._room = self._room[:size], self._room[size:]
         staging.copy_(values)
         self._captured.append(staging)
         return staging.to(device, non_blocking=True)

@@ -1,7 +1,7 @@
 """Nero's step in Triton: the device code of `gpu.py`. Importing this module imports Triton.
 
-One launch serves tensors of one type. A program works on a *unit*, some neurons of one tensor; `work` says which, and
-the tensor's line of `table` says where its memory lies and how it is laid out. The equations stand in
+One launch serves tensors of one type. A program works on a *unit*, some neurons of one tensor; `work` says which,
+and the tensor's line of `table` says where its memory lies and how it is laid out. The equations stand in
 `archopt/optim/nero.py`, the layouts [batches][spread][rows][run] in `cpu.py`.
 
     entries     neurons of one entry each
@@ -11,8 +11,8 @@ the tensor's line of `table` says where its memory lies and how it is laid out. 
     columns     neurons side by side in memory (run = 1): as long rows
     runs        neurons of short pieces (run > 1): as long rows
 
-Sums are float32 in a fixed order, so a step is the same to the bit every time; long ones end in float64. There are no
-atomics: each unit writes its part of the turn and of the skipped rows, and `report` adds them up.
+Sums are float32 in a fixed order, so a step is the same to the bit every time; long ones end in float64. There are
+no atomics: each unit writes its part of the turn and of the skipped rows, and `report` adds them up.
 """
 
 import torch

@@ -13,13 +13,16 @@ never projected. The bias correction 1 - beta^t and the frozen s follow the auth
 """
 
 import functools
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from archopt.kernels import gpu
 from archopt.neurons import NeuronDim, as_rows, balance, balance_, divisor, fan_in_dims, row_mean, row_norm
+from archopt.optim import nero_gpu
 from archopt.optim.base import (
     ArchOptimizer,
     Params,
@@ -34,8 +37,6 @@ from archopt.optim.base import (
     statistics_like,
     takes_foreach,
 )
-from archopt.kernels import gpu
-from archopt.optim import nero_gpu
 from archopt.optim.nero_fused import fused_nero, served, unserved
 from archopt.roles import Role, group_by_treatment, parameter_roles
 
@@ -153,12 +154,12 @@ class Nero(ArchOptimizer):
             "capturable": capturable,
             "stochastic_rounding": stochastic_rounding,
         }
-        self._plans = gpu.Plans()
+        self._plans: defaultdict[int, gpu.Plans] = defaultdict(gpu.Plans)  # by group
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = gpu.Plans()  # what was prepared for the tensors of another optimizer is of no use
+        self._plans = defaultdict(gpu.Plans)  # what was prepared for another optimizer's tensors is of no use
 
     def mean_turn(self) -> dict[str, Tensor]:
         """Mean turn of the last step in radians, by role (by group where no roles are known), as 0-d tensors."""
@@ -218,7 +219,7 @@ class Nero(ArchOptimizer):
         for group in self.param_groups:  # all of them first: a refusal must come before anything moves
             params = [p for p in self._trainable(group) if p.grad is not None]
             states = [self.state[p] for p in params]
-            on_gpu = nero_gpu.served(params, states, group, self._plans, number)
+            on_gpu = nero_gpu.served(params, states, group, self._plans[len(work)], number)
             others, their_states = [params[i] for i in on_gpu.rest], [states[i] for i in on_gpu.rest]
             nero_gpu.check_rounding(others, group)
             work.append((group, params, on_gpu, others, their_states, served(others, their_states, group)))

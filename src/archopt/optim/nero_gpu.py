@@ -1,10 +1,10 @@
-"""Nero's fused form on the GPU: which tensors the kernel serves, and their step. The equations stand in `nero.py`."""
+"""Nero's fused form on the GPU: which tensors the kernel serves, and their step. The equations: `nero.py`."""
 
 import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from archopt.kernels import gpu
 from archopt.kernels.cpu import Memory, is_contiguous, obstacle_of_gradient, obstacle_of_view
@@ -43,9 +43,12 @@ def served(
     """
     if not any(param.device.type in gpu.DEVICE_TYPES for param in params) or not wants_kernel("Nero", group):
         return Served([], list(range(len(params))))
+    grads: list[Any] = [param.grad for param in params]
+    ordinary = {*map(type, params), *map(type, grads)} <= {Tensor, nn.Parameter}
+    if gpu.missing() or not ordinary:  # others may have no address to ask for
+        return _prepared(params, states, group, plans, number)
     if gpu.capturing():
         return plans.captured(lambda: _prepared(params, states, group, plans, number))
-    grads: list[Any] = [param.grad for param in params]
     values = list(itertools.chain.from_iterable([state.values() for state in states]))
     # All that decides how tensors are served and where they lie. State and weights are told by identity, and kept;
     # gradients by address, so that they can be freed.
@@ -64,7 +67,6 @@ def served(
         *[param.shape for param in params],
         *[param.dtype for param in params],
         *[grad.dtype for grad in grads],
-        *map(type, grads),
         *map(Tensor.is_neg, params),
         *map(Tensor.is_neg, grads),
     )
@@ -160,4 +162,5 @@ def _for_kernel(
     # One statistic a neuron, in order; of entries, in the order of the weight's memory.
     if not (v.stride() == param.stride() if v.shape == param.shape else is_contiguous(Memory(*made_of(v)))):
         return f"its statistics have strides {v.stride()}"
-    return gpu.NeroTensor(param, grad, *(state[name] for name in STATE), layout, number)
+    _, scale, step, turn, skipped = (state[name] for name in STATE)
+    return gpu.NeroTensor(param, grad, v, scale, step, turn, skipped, layout, number)

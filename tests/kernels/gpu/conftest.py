@@ -1,4 +1,4 @@
-"""Where the tests of the GPU kernels run: on a GPU, or in Triton's interpreter (`make test-triton`), else nowhere."""
+"""Where tests of the GPU kernels run: on a GPU, or in Triton's interpreter (`make test-triton`), else nowhere."""
 
 import os
 from collections.abc import Iterator
@@ -33,13 +33,20 @@ def device(_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         return
     from triton.runtime import interpreter
 
-    patch_tensors = interpreter._patch_lang_tensor
+    patch_tensors, convert = interpreter._patch_lang_tensor, interpreter._convert_float
 
     def patch(tensor, scope):
         # Up to Triton 3.6 it makes an int of an array of one entry, which numpy 2.4 refuses.
         patch_tensors(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def round_to_nearest(values, source, target, mode):
+        # It cuts float32 off to bfloat16; a GPU rounds.
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return convert(values, source, target, mode)
+        return torch.tensor(values).to(torch.bfloat16).view(torch.uint16).numpy()
+
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+    monkeypatch.setattr(interpreter, "_convert_float", round_to_nearest)
     monkeypatch.setattr(gpu, "DEVICE_TYPES", ("cuda", "cpu"))
     yield "cpu"
