@@ -16,6 +16,7 @@ from archopt.optim.madam import Madam
 from archopt.optim.nero import Nero
 from archopt.project import project_
 from archopt.roles import parameter_roles
+from archopt.step_in_backward import step_in_backward
 
 __all__ = [
     "AGD",
@@ -31,4 +32,5 @@ __all__ = [
     "parameter_roles",
     "project_",
     "renew_statistics",
+    "step_in_backward",
 ]

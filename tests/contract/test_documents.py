@@ -14,6 +14,7 @@ MODULES = [
     "roles",
     "project",
     "init",
+    "step_in_backward",
     "optim.nero",
     "optim.agd",
     "optim.lamb",

@@ -20,7 +20,7 @@ ONE_THREAD = Settings(threads=1)
 def forkserver() -> ForkServerContext:
     """Where tests get processes of their own from that need not import torch first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["archopt.lab.train"])
+    context.set_forkserver_preload(["archopt.lab.commands"])
     return context
 
 

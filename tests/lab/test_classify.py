@@ -494,6 +494,14 @@ def test_the_program_runs_as_it_was_published_with_the_published_spelling(tmp_pa
         (["--train-bs", "0"], "train_bs=0, expected a value above 0"),
         (["--epochs", "0"], "epochs=0, expected a value above 0"),
         (["--gain", "-1"], "gain=-1.0, expected a value above 0"),
+        (["--gain", "10", "--optimizer", "adam"], "adam has no option 'gain'"),
+        (["--gain", "10", "--optimizer", "muon"], "muon has no option 'gain'"),
+        (["--optimizer", "agd-paper", "--lr", "0.1"], "agd-paper has no learning rate"),
+        (["--optimizer", "adam", "--lr", "-1"], "adam: lr=-1.0, expected a number, 0 <= lr"),
+        (["--optimizer", "adamm"], "no optimiser 'adamm'; did you mean 'adam'?"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--channels", "0", "--arch", "vgg"], "channels=0, expected a value above 0"),
+        (["--test-bs", "-3"], "test_bs=-3, expected a value above 0"),
         (["--depth", "0"], "depth=0, expected a value above 0"),
         (["--updates-every", "-1"], "updates_every=-1, expected at least 0"),
         (["--iterations", "0"], "iterations=0, expected a value above 0"),
@@ -511,6 +519,30 @@ def test_what_cannot_work_is_refused_in_one_line_before_data_are_read(
     assert said in error
     assert "Error parsing" not in error
     assert not (tmp_path / "x").exists()
+
+
+def test_a_comparison_refuses_a_gain_before_data_are_read(
+    capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Classify, "load", lambda *_: pytest.fail("data were read"))
+    command = [
+        "compare",
+        "classify(gain=10.0)",
+        "--optimizers",
+        "agd-paper,adam",
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    assert main(command) == BAD_INPUT
+    assert "adam has no option 'gain'" in capsys.readouterr().err
+
+
+def test_labels_beyond_the_classes_of_a_set_are_refused() -> None:
+    pictures = Images(
+        pixels(4, 3, 32, 32), np.array([0, 1, 10, 2], np.uint8), pixels(1, 3, 32, 32), np.zeros(1)
+    )
+    with pytest.raises(DataError, match="a label of 10 in a set of 10 classes, expected 0 to 9"):
+        SmallPictures(KNOWN["cifar10"], pictures, None, None)
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "mnist", "fashion-mnist", "imagenet"])

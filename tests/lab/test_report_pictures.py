@@ -206,6 +206,7 @@ def test_a_workload_has_its_pictures_and_several_have_those_over_all(
         "digits-small-sensitivity",
         "digits-small-target",
         "digits-small-automatic-step",
+        "digits-small-rates",
     ]
     assert [figure.name for figure in made[-1]] == ["profile", "regret"]
     assert figures([summary], looks(summary))[-1] == []

@@ -11,6 +11,7 @@ from archopt.lab.comparisons import COMPARISONS, NamedComparison, Reading
 from archopt.lab.experiment import make_workload, workload_class
 from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.report.reproduction import load_reproduction, remarks
+from archopt.lab.report.text import mean_and_sd
 from archopt.lab.reproduction import REPRODUCTIONS, Part, Reproduction, Request, deviations, part_plan
 from lab.running import TOY
 from real_data import real_data
@@ -33,6 +34,7 @@ def toy_paper(monkeypatch: pytest.MonkeyPatch) -> Reproduction:
             Reading(toy, "sgd", 0.05, 0.9, 0.01),
             Reading(toy, "adam", 0.02, 0.5, 0.02),
         ),
+        seen=("sgd learns in a minute",),
     )
     grid = NamedComparison(
         "grid",
@@ -41,7 +43,7 @@ def toy_paper(monkeypatch: pytest.MonkeyPatch) -> Reproduction:
         (toy,),
         ("sgd",),
         (0.05, 0.5),
-        published=(Reading(toy, "sgd", 0.05),),
+        published=(Reading(toy, "sgd", 0.05, 0.7, metric="test_loss"),),
     )
     absent = NamedComparison("absent", "no data", "nowhere", ("mnist-cwn",), ("adam",), (0.1,))
     made = Reproduction(
@@ -88,6 +90,15 @@ def test_a_paper_is_trained_to_its_page(toy_paper: Reproduction, tmp_path: Path,
     text = (out / "report.md").read_text()
     assert "90.00 ± 1.00" in text
     assert "Not trained here" in text
+    assert "The paper's figures (read off to 10 or 20 %): sgd learns in a minute." in text
+    assert "Seeds 0, 1." in text
+    loss = over_rates.comparable(over_rates.summary.rows[0].leading)
+    assert loss is not None
+    assert "| here, test loss | published lr | published |" in text
+    row = next(line for line in text.split("here, test loss")[1].splitlines() if "sgd" in line)
+    ours, _, paper = (entry.strip(" *") for entry in row.split("|")[5:8])
+    assert (ours, paper) == (mean_and_sd(over_rates.stated, loss), "0.7")  # losses, not shares in per cent
+    assert "in another metric, test\\_loss, of which ours stand beside them" in text
     page = (out / "report.html").read_text()
     assert "90.00 ± 1.00" in page
     assert (out / "rows" / "report.html").is_file()
@@ -259,6 +270,16 @@ def test_agd_is_reproduced_to_a_page(tmp_path: Path) -> None:
     assert main(arguments) == DONE
     text = (tmp_path / "report.md").read_text()
     assert "58.00" in text  # the paper's accuracy at 128, beside ours
+    assert text.count("| train\\_bs | optimiser | here, at the end | here, best on the way |") == 1
+    assert "The paper's figures (read off to 10 or 20 %): eta dips early" in text
+    assert (
+        "Means of the step size eta over the steps of an epoch, classify (smoke, train\\_bs=4096, depth=4)"
+        in text
+    )
+    pictures = {path.name for path in (tmp_path / "agd-batches" / "figures").glob("*.png")}
+    assert {"sweep-train_bs.png", "sweep-train_bs-agd-paper-eta.png"} <= pictures
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"agd-batches/figures/{name}" in page for name in ("sweep-train_bs.png",))
     assert "iterations None instead of 500000" in text
     assert "Not trained here: cifar100: train is not in" in text
     assert "channels" not in text

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from archopt.lab.errors import LabError, RecordError
 from archopt.lab.experiment import WorkloadChoice
@@ -80,7 +81,7 @@ def records(out: Path) -> dict[str, tuple]:
     ],
 )
 def test_rates_include_the_default_and_leave_out_rules_without_one(asked, optimizer, expected):
-    assert rates(asked, parse_optimizer(optimizer), toy()) == expected
+    assert rates(asked, parse_optimizer(optimizer), toy().workload) == expected
 
 
 def test_a_class_without_a_default_rate_needs_one(tmp_path: Path):
@@ -89,10 +90,19 @@ def test_a_class_without_a_default_rate_needs_one(tmp_path: Path):
         "    def __init__(self, params, lr): super().__init__(params, lr)"
     )
     mine = parse_optimizer(f"{tmp_path}/mine.py:Mine")
-    assert rates([0.1], mine, toy()) == [0.1]
-    assert rates("grid", mine, toy()) == [0.01, 0.1]
+    assert rates([0.1], mine, toy().workload) == [0.1]
+    assert rates("grid", mine, toy().workload) == [0.01, 0.1]
     with pytest.raises(LabError, match="no default learning rate; give one"):
-        rates("default", mine, toy())
+        rates("default", mine, toy().workload)
+
+
+def test_planning_keeps_to_the_threads_that_were_asked_for(tmp_path: Path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("archopt.lab.plan.check_choice", lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    plan_runs(plan(tmp_path, settings=Settings(threads=3)))
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == before
 
 
 def test_all_runs_of_the_first_seed_come_first(tmp_path: Path):

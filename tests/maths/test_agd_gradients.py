@@ -180,3 +180,51 @@ def test_an_added_group_is_counted() -> None:
     step([*weights, *later], [torch.eye(4).double()] * 2, optimizer)
     assert float(optimizer.gradient_summary) == pytest.approx(2.0)
     assert float((later[0].detach() - before).norm()) == pytest.approx(float(optimizer.eta))
+
+
+@FORMS
+def test_accumulated_gradients_are_to_be_averaged(foreach: bool) -> None:
+    """The average over parts of a batch is the step of the whole batch; the sum takes the step size of twice G."""
+    x, y = torch.randn(8, 5).double(), torch.randn(8, 3).double()
+
+    def stepped(parts: int, weight: float) -> tuple[Tensor, AGD]:
+        torch.manual_seed(1)
+        (w,) = params((3, 5))
+        optimizer = AGD([w], foreach=foreach)
+        for inputs, targets in zip(x.chunk(parts), y.chunk(parts)):
+            (weight * (inputs @ w.T - targets).square().mean()).backward()
+        optimizer.step()
+        return w.detach(), optimizer
+
+    whole, once = stepped(1, 1.0)
+    averaged, _ = stepped(2, 0.5)
+    torch.testing.assert_close(averaged, whole, rtol=1e-12, atol=1e-12)
+    _, summed = stepped(2, 1.0)
+    assert float(summed.gradient_summary) == pytest.approx(2 * float(once.gradient_summary), rel=1e-12)
+    assert float(summed.eta) > float(once.eta)
+
+
+@FORMS
+def test_a_network_whose_gradients_are_all_tiny_has_its_exact_step_size(foreach: bool) -> None:
+    weights = params((4, 3), (2, 3, 2, 1), dtype=torch.float32)
+    grads: list[Tensor | None] = [torch.full_like(weight, 1e-30) for weight in weights]
+    optimizer = step(weights, grads, AGD(weights, foreach=foreach))
+    summary = 1e-30 * ((4 / 3) ** 0.5 * 12**0.5 + (2 / 3 / 2) ** 0.5 * 2 * 6**0.5) / 2
+    assert float(optimizer.gradient_summary) == pytest.approx(summary, rel=1e-6)
+    assert float(optimizer.eta) == pytest.approx(summary, rel=1e-6)  # eta is G where G is small
+    assert int(optimizer.skipped_steps) == 0
+
+
+def test_a_tied_weight_of_the_published_rule_is_one_tensor() -> None:
+    """`parameters()` names it once, so it counts once in L; its gradient is the sum over both uses."""
+    first = nn.Linear(4, 4, bias=False).double()
+    second = nn.Linear(4, 4, bias=False).double()
+    second.weight = first.weight
+    before = first.weight.detach().clone()
+    optimizer = AGD(nn.Sequential(first, second).parameters())
+    second(first(torch.randn(3, 4).double())).square().mean().backward()
+    assert first.weight.grad is not None
+    summary = float(first.weight.grad.norm())
+    optimizer.step()
+    assert float(optimizer.gradient_summary) == pytest.approx(summary, rel=1e-12)
+    assert float((first.weight.detach() - before).norm()) == pytest.approx(float(optimizer.eta), rel=1e-12)

@@ -16,7 +16,7 @@ Blocks = list[list[list[int]]]
 BETA, BETA2 = 0.9, 0.99
 LAMBDA, KAPPA = 0.95, 0.05
 TAU, T = 0.15, 100.0
-THETA0 = 1e-5
+THETA0 = 1e-3
 EXPONENT, K = 1.0, 8.0
 
 

@@ -4,6 +4,7 @@ Exit status: 0 done, 1 a run failed (or the one that was trained diverged), 2 ba
 Bad input is answered with one line; ARCHOPT_DEBUG=1 shows where it was found.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,13 +21,14 @@ COMMANDS = {
     "compare": "train optimisers side by side over learning rates and seeds, and draw the page",
     "reproduce": "train all experiments of a paper and draw its page",
     "report": "draw the page of a comparison again",
+    "speed": "measure what a step takes, beside other optimisers and what memory allows",
     "data": "list, fetch or import data sets",
     "roles": "show what each parameter of a model is and how Nero and AGD treat it",
     "demo": "compare optimisers on real digits, in three minutes",
 }
 
-INVENTORY = ("list", "data", "roles")
-"""The commands that train nothing, which have a module of their own."""
+HOMES = {"speed": "speed.command"} | dict.fromkeys(("list", "data", "roles"), "inventory")
+"""Where the commands that train nothing stand, in the laboratory; the others stand in `commands`."""
 
 USAGE = """\
 usage: archopt COMMAND [options]
@@ -82,14 +84,13 @@ def dispatch(args: list[str]) -> int:
     if name not in COMMANDS:
         raise LabError(f"no command {name!r}{nearest(name, COMMANDS)} (there are {', '.join(COMMANDS)})")
     try:
-        from archopt.lab import commands, inventory
+        home = importlib.import_module(f"archopt.lab.{HOMES.get(name, 'commands')}")
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("archopt"):
             raise
         raise LabError(
             f"the laboratory needs {error.name}, which is not installed: pip install 'archopt[lab]'"
         ) from error
-    home = inventory if name in INVENTORY else commands
     command: Callable[[list[str]], int] = getattr(home, f"{name}_command")
     return command(rest)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -17,13 +18,16 @@ from tyro.conf import Positional, arg
 from archopt.lab import options
 from archopt.lab.calls import folder_name, parse_call, split_list
 from archopt.lab.comparisons import COMPARISONS, NamedComparison, at_rates, spelled
+from archopt.lab.distributed import joined
 from archopt.lab.errors import LabError
 from archopt.lab.experiment import WorkloadChoice, make_workload, open_experiment, workload_class
+from archopt.lab.measure import threads
 from archopt.lab.optimizers import check_lr, parse_optimizer
 from archopt.lab.plan import Plan, parse_device, rates, show_metric
 from archopt.lab.progress import RunProgress, SweepProgress
 from archopt.lab.record import run_path
 from archopt.lab.reproduction import REPRODUCTIONS, Request, reproduce
+from archopt.lab.share import Share
 from archopt.lab.sweep import Outcome, sweep
 from archopt.lab.trackers import check_trackers
 from archopt.lab.train import Settings, train
@@ -97,6 +101,8 @@ class Train(Running):
     """Learning rate (default: the workload's published one, else the optimiser's default)."""
     seed: int = 0
     """Seed of initial weights, batches and everything else."""
+    distribute: bool = False
+    """Train with all processes that torchrun or mpirun has started, each on its part of every batch."""
     out: Annotated[Path, arg(metavar="DIR")] = OUT
     """Folder for records; the run becomes OUT/WORKLOAD-PRESET/OPTIMIZER/lr=X/seed=N."""
 
@@ -114,7 +120,9 @@ def train_command(args: list[str]) -> int:
         if help_wanted:
             options.parse(Train, args, prog="archopt train", description=TRAIN_HELP)
         raise LabError("archopt train needs a workload: a name from `archopt list` or a file, ./mine.py")
-    return _train(*_with_workload_options(known, args))
+    # Before the options are read, so that a process that refuses them can tell the others.
+    with joined(not help_wanted and "--distribute" in args) as share:
+        return _train(*_with_workload_options(known, args), share)
 
 
 def _without_help(args: list[str]) -> list[str]:
@@ -152,35 +160,42 @@ def _title(cls: type[Workload]) -> str:
     return name if name != "train" and name.isidentifier() else "workload"
 
 
-def _train(asked: Train, choice: WorkloadChoice) -> int:
+def _train(asked: Train, choice: WorkloadChoice, share: Share) -> int:
     settings = asked.settings()
     optimizer = parse_optimizer(asked.optimizer)
     if asked.seed < 0:
         raise LabError(f"--seed {asked.seed}, expected 0 or more")
     if len(optimizer.own_lrs) > 1:
         raise LabError(f"{asked.optimizer} has several learning rates; archopt train takes one, compare many")
-    experiment = open_experiment(choice, asked.data, parse_device(asked.device))
+    workload = make_workload(workload_class(choice.name), choice.preset, choice.options)
+    if asked.distribute:
+        _check_divisible(workload, settings)
+    optimizer.check(workload.published)
     if asked.lr is None:
-        lr = rates("published", optimizer, experiment)[0]
+        lr = rates("published", optimizer, workload)[0]
     elif optimizer.own_lrs:
         raise LabError(f"the learning rate is given twice: --lr {asked.lr} and {asked.optimizer}")
     else:
         lr = check_lr(optimizer.entry, asked.lr)
+    with threads(settings.threads):
+        experiment = open_experiment(choice, asked.data, share.place(parse_device(asked.device)))
     path = run_path(asked.out, experiment.folder, optimizer.label, lr, asked.seed)
     rate = "" if lr is None else f" lr={lr:g}"
     title = f"{experiment.folder} {optimizer.label}{rate} seed {asked.seed}"
-    console = Console()
-    console.print(f"[bold]{escape(title)}[/]", highlight=False)
+    console = Console(quiet=share.rank > 0)
+    together = f", {share.size} processes" if share.size > 1 else ""
+    console.print(f"[bold]{escape(title)}[/]{together}", highlight=False)
     metric = dataclasses.asdict(experiment.workload.metric)
-    with RunProgress(console, title, metric) as progress, _stoppable(progress):
-        result = train(experiment, optimizer, lr, asked.seed, settings, path, progress)
+    with RunProgress(console, title, metric) as progress, _stoppable(progress, at_once=share.size == 1):
+        result = train(experiment, optimizer, lr, asked.seed, settings, path, progress, share)
     if not progress.begun and result["status"] != "failed":
         console.print("the run has ended before; this is its record")
     if result["status"] == "failed":
-        print(
-            f"archopt: the run failed: {result['error']}; {path}/result.json has the traceback",
-            file=sys.stderr,
-        )
+        # The first process alone keeps a record.
+        where = "ARCHOPT_DEBUG=1 shows" if share.rank else f"{path}/result.json has"
+        print(f"archopt: the run failed: {result['error']}; {where} the traceback", file=sys.stderr)
+        if share.rank and os.environ.get("ARCHOPT_DEBUG"):
+            print(result["traceback"], file=sys.stderr)
         return 1
     best = result["best"]
     shown = show_metric(metric, result["final"].get(metric["key"]))
@@ -201,15 +216,26 @@ def _train(asked: Train, choice: WorkloadChoice) -> int:
     return 0 if result["status"] == "finished" else 1
 
 
+def _check_divisible(workload: Workload, settings: Settings) -> None:
+    """Raises LabError where several processes cannot train this together."""
+    if not workload.divisible:
+        able = ", ".join(name for name, known in registry().items() if known.divisible)
+        raise LabError(f"--distribute: {workload.name} cannot be divided among processes ({able} can)")
+    for name in ("average", "compile"):
+        if getattr(settings, name):
+            raise LabError(f"--distribute does not go with --{name} yet; leave one of them out")
+
+
 @contextlib.contextmanager
-def _stoppable(progress: Any) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) asks for a checkpoint and the end, the second ends at once.
+def _stoppable(progress: Any, at_once: bool = True) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) asks for a checkpoint and the end, the second ends at once where that is
+    wanted: not under a launcher, which passes on what a terminal has sent already.
 
     What is ignored stays so: a shell's background job must not end when Ctrl-C is meant for another.
     """
 
     def stop(number: int, frame: Any) -> None:
-        if progress.stop_requested:
+        if progress.stop_requested and at_once:
             raise KeyboardInterrupt
         progress.stop_requested = True
 

@@ -48,6 +48,8 @@ class NamedComparison:
     lrs: tuple[float, ...]
     """What every other entry that has a rate is run at."""
     published: tuple[Reading, ...] = ()
+    seen: tuple[str, ...] = ()
+    """What its figures show beside these numbers, read off to 10 or 20 %."""
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seeds: tuple[int, ...] | None = (0,)
     """None: all seeds run all rates."""
@@ -151,7 +153,7 @@ def _benchmark(
 
 
 def _agd_against_tuned(
-    name: str, network: str, data: str, workload: str, *, agd: float, adam: float
+    name: str, network: str, data: str, workload: str, *, agd: float, adam: float, seen: tuple[str, ...]
 ) -> NamedComparison:
     """One network of the main comparison of AGD's paper."""
     return NamedComparison(
@@ -162,6 +164,7 @@ def _agd_against_tuned(
         optimizers=("agd-paper", "adam", "sgd"),
         lrs=TUNED,
         published=_agd(workload, agd, adam=adam),
+        seen=seen,
         paper_options={"epochs": 2000},
     )
 
@@ -298,10 +301,41 @@ COMPARISONS = {
             tuning_seeds=None,
         ),
         _agd_against_tuned(
-            "agd-fcn", "a fully connected network of 16 layers", "CIFAR-10", FCN, agd=0.527, adam=0.535
+            "agd-fcn",
+            "a fully connected network of 16 layers",
+            "CIFAR-10",
+            FCN,
+            agd=0.527,
+            adam=0.535,
+            seen=(
+                "eta 0.12 at epoch 1, 0.5 near epoch 200, 0.03 at the end (its band there 0.003 to 0.2)",
+                "training loss from 1 to 0.003; training accuracy 100 % by epoch 700",
+            ),
         ),
-        _agd_against_tuned("agd-resnet18", "ResNet-18", "CIFAR-10", CONV18, agd=0.912, adam=0.929),
-        _agd_against_tuned("agd-vgg16", "VGG-16", "CIFAR-100", CONV16, agd=0.674, adam=0.697),
+        _agd_against_tuned(
+            "agd-resnet18",
+            "ResNet-18",
+            "CIFAR-10",
+            CONV18,
+            agd=0.912,
+            adam=0.929,
+            seen=(
+                "eta 0.15 at epoch 1, falling to 0.1, rising to 0.3, 0.03 at the end",
+                "training loss 3e-4 to 1e-3 at the end; training accuracy nearly 100 % by epoch 150 to 200",
+            ),
+        ),
+        _agd_against_tuned(
+            "agd-vgg16",
+            "VGG-16",
+            "CIFAR-100",
+            CONV16,
+            agd=0.674,
+            adam=0.697,
+            seen=(
+                "eta 0.4 at epoch 1, falling to 0.15, rising to 0.35, 0.03 at the end",
+                "training accuracy 100 % at epoch 100 to 150",
+            ),
+        ),
         NamedComparison(
             name="agd-imagenet",
             summary="AGD and SGD at a fixed rate on ResNet-50",
@@ -310,6 +344,10 @@ COMPARISONS = {
             optimizers=("agd-paper", "sgd(lr=0.1)"),
             lrs=TUNED,
             published=_agd(PHOTOGRAPHS, 0.655),
+            seen=(
+                "eta 0.3 to 0.4 throughout; training accuracy 69 %, test accuracy 65 % at epoch 350",
+                "SGD at a fixed rate of 0.1: training accuracy 82 %, test accuracy 50 to 55 % and noisy",
+            ),
             tuning_seeds=None,
             paper_options={"train_bs": 1024, "test_bs": 1024, "epochs": 350},
         ),
@@ -325,16 +363,21 @@ COMPARISONS = {
                 Reading(SHOWCASE, "adam(lr=0.001)", 0.001, 0.10),
                 Reading(SHOWCASE, "sgd(lr=0.1)", 0.1, 0.10),
             ),
+            seen=("training accuracy of AGD 98 % after 1,000 epochs, of both others 10 %",),
             tuning_seeds=None,
             paper_options={"epochs": 1000},
         ),
         NamedComparison(
             name="agd-rates",
             summary="Adam and SGD over eight decades of learning rates on ResNet-18, AGD beside them",
-            source=f"{AGD}, the grid of learning rates; Adam is good from 5e-6 to 1e-3, SGD from 1e-3 to 5e-2",
+            source=f"{AGD}, the grid of learning rates",
             workloads=(CONV18,),
             optimizers=("agd-paper", "adam", "sgd"),
             lrs=WIDE,
+            seen=(
+                "Adam is good from 5e-6 to 1e-3 and collapses from 1e-2 on; SGD is good from 1e-3 to 5e-2 and "
+                "collapses at 0.1",
+            ),
             seeds=(0,),
             tuning_seeds=None,
         ),
@@ -350,6 +393,10 @@ COMPARISONS = {
                 Reading(FCN8, "adam", 1e-4, 0.03, metric="train_loss"),
                 Reading(FCN8, "sgd", 0.1, 0.14, metric="train_loss"),
             ),
+            seen=(
+                "relative update: AGD 2e-3, then 3e-3, at the end 2e-3; Adam from 2e-3 to 3e-4; SGD from 4e-3 to "
+                "1e-2",
+            ),
             paper_options={"epochs": 2000},
         ),
         NamedComparison(
@@ -360,6 +407,7 @@ COMPARISONS = {
             optimizers=("agd-paper",),
             lrs=TUNED,
             published=(*_agd(_square(2, 64), 0.4255), *_agd(_square(4, 2048), 0.637)),
+            seen=("the wider the better in training; 8 and 16 layers train better than 32",),
             seeds=(0,),
             tuning_seeds=None,
             paper_options={"epochs": 2000},
@@ -374,6 +422,9 @@ COMPARISONS = {
             lrs=TUNED,
             published=tuple(
                 reading for size, mean in BATCHES.items() for reading in _agd(_batches(size), mean)
+            ),
+            seen=(
+                "eta dips early, to 0.2 at batches of 32, 0.06 at 1,024 and 0.05 at 4,096, and recovers to 0.3",
             ),
             seeds=(0,),
             tuning_seeds=None,

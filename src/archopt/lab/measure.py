@@ -4,8 +4,8 @@ import math
 import os
 import sys
 from array import array
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from archopt.lab.errors import LabError
+from archopt.lab.share import ALONE, Share
 
 FORWARD_BACKWARD, OPTIMIZER, OTHER = "forward_backward", "optimizer", "other"
 PHASES = (FORWARD_BACKWARD, OPTIMIZER, OTHER)
@@ -143,9 +144,10 @@ class Means:
         """Whether the losses since the last `take` are finite; waits for the device."""
         return math.isfinite(self._sums.get("loss", 0.0))
 
-    def take(self) -> dict[str, float]:
-        """The means since the last `take`."""
-        means = {key: float(value) / self._weight for key, value in self._sums.items()}
+    def take(self, share: Share = ALONE) -> dict[str, float]:
+        """The means since the last `take`, over all processes."""
+        weight, *sums = share.sum([self._weight, *map(float, self._sums.values())])
+        means = {key: value / weight for key, value in zip(self._sums, sums, strict=True)}
         self._sums, self._weight, self.count = {}, 0.0, 0
         return means
 
@@ -197,6 +199,17 @@ def _process_peak() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """torch with so many CPU threads, then with as many as before; None leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cores() -> int:

@@ -71,10 +71,10 @@ class MuonWithAdamW(Optimizer):
                 self._matrices.append((param, views, parts))
             else:
                 rest.append(param)
-        self._inner: dict[str, Optimizer] = {}
+        self.inner: dict[str, Optimizer] = {}
         groups = []
         if self._matrices:
-            self._inner["muon"] = torch.optim.Muon(
+            self.inner["muon"] = torch.optim.Muon(
                 [view for _, views, _ in self._matrices for view in views],
                 lr=lr,
                 weight_decay=weight_decay,
@@ -85,7 +85,7 @@ class MuonWithAdamW(Optimizer):
             )
             groups.append({"params": [param for param, _, _ in self._matrices], "lr": lr, "inner": "muon"})
         if rest:
-            self._inner["adamw"] = torch.optim.AdamW(
+            self.inner["adamw"] = torch.optim.AdamW(
                 rest, lr=aux_lr, betas=aux_betas, eps=aux_eps, weight_decay=aux_weight_decay
             )
             groups.append({"params": rest, "lr": aux_lr, "inner": "adamw"})
@@ -109,7 +109,7 @@ class MuonWithAdamW(Optimizer):
             for view, grad in zip(views, grads):
                 view.grad = grad
         for group in self.param_groups:
-            inner = self._inner[group["inner"]]
+            inner = self.inner[group["inner"]]
             inner.param_groups[0]["lr"] = group["lr"]
             inner.step()
         for _, views, _ in self._matrices:
@@ -119,7 +119,7 @@ class MuonWithAdamW(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state dicts of the two, by name."""
-        inner = {name: optimizer.state_dict() for name, optimizer in self._inner.items()}
+        inner = {name: optimizer.state_dict() for name, optimizer in self.inner.items()}
         return {
             "state": {name: saved["state"] for name, saved in inner.items()},
             "param_groups": {name: saved["param_groups"] for name, saved in inner.items()},
@@ -127,13 +127,13 @@ class MuonWithAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave. Raises ValueError where it belongs to another model."""
-        if state_dict["state"].keys() != self._inner.keys():
+        if state_dict["state"].keys() != self.inner.keys():
             raise ValueError(
-                f"the state dict has {', '.join(state_dict['state'])}, expected {', '.join(self._inner)}"
+                f"the state dict has {', '.join(state_dict['state'])}, expected {', '.join(self.inner)}"
             )
-        for name, optimizer in self._inner.items():
+        for name, optimizer in self.inner.items():
             optimizer.load_state_dict(
                 {"state": state_dict["state"][name], "param_groups": state_dict["param_groups"][name]}
             )
         for group in self.param_groups:
-            group["lr"] = self._inner[group["inner"]].param_groups[0]["lr"]
+            group["lr"] = self.inner[group["inner"]].param_groups[0]["lr"]

@@ -262,6 +262,10 @@ class Choice:
         """The options that a workload's settings name."""
         return {k: v for k, v in settings.get(self.entry.name, {}).items() if k not in NOT_OPTIONS}
 
+    def check(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises LabError for an option of a workload's settings that the optimiser does not have."""
+        check_options(self.entry, self._published(settings))
+
     def resolved(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """All options but `lr`: the entry's defaults, the workload's published settings, what was asked for."""
         options = {**self.entry.signature, **self._published(settings), **self.options}

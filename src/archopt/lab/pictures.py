@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +12,40 @@ PADDING = 4
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 
 
+class Part(NamedTuple):
+    """Pictures that are a part of a batch. What happens to them is drawn for all of it, so that it does not depend
+    on how the batch is divided among processes."""
+
+    rows: slice
+    batch: int
+    """Pictures of the whole batch."""
+
+
 def normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Pictures (n, channels, h, w), 0 to 255, as float32, by channel (x / 255 - mean) / std."""
     centre, scale = (images.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
     return images.to(torch.float32, copy=True).div_(WHITE).sub_(centre).div_(scale)
 
 
-def cropped_and_mirrored(images: Tensor, generator: torch.Generator, degrees: float = 0.0) -> Tensor:
+def cropped_and_mirrored(
+    images: Tensor, generator: torch.Generator, degrees: float = 0.0, part: Part | None = None
+) -> Tensor:
     """Each picture shifted by -4 to 4 pixels both ways, black where nothing was, every second one mirrored.
 
     Then, with `degrees`, turned about its middle by an angle between -degrees and degrees; each pixel takes the
     nearest one, black where there is none. Same shape (n, channels, h, w) and type. What happens to a picture
-    depends on the generator, a CPU's, alone.
+    depends on the generator, a CPU's, alone, and on its place in the batch of which these are a `part`.
     """
     count, channels, height, width = images.shape
-    down, right = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator)
-    mirror = torch.rand(count, 1, generator=generator) < 0.5
+    wanted, whole = part or Part(slice(None), count)
+    down, right = torch.randint(2 * PADDING + 1, (2, whole, 1), generator=generator)[:, wanted]
+    mirror = (torch.rand(whole, 1, generator=generator) < 0.5)[wanted]
     padded = nn.functional.pad(images, (PADDING,) * 4)
     if not degrees:
         return _cut(padded, down, right, mirror, height, width)
     rows = torch.arange(height).repeat_interleave(width).expand(count, -1)
     columns = torch.arange(width).repeat(height).expand(count, -1)
-    angle = torch.rand(count, 1, generator=generator).mul_(2).sub_(1) * math.radians(degrees)
+    angle = torch.rand(whole, 1, generator=generator)[wanted].mul_(2).sub_(1) * math.radians(degrees)
     rows, columns, outside = _turned(rows, columns, angle, height, width)
     columns = torch.where(mirror, width - 1 - columns, columns)
     places = (rows + down) * (width + 2 * PADDING) + columns + right
@@ -77,19 +90,20 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width over height
 CROP_TRIES = 10
 
 
-def random_boxes(aspects: Tensor, generator: torch.Generator) -> Tensor:
+def random_boxes(aspects: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
     """A random box for each picture, (n, 4): left, top, width and height as shares of the picture's own.
 
     As torchvision's RandomResizedCrop draws them, but for the rounding to whole pixels: an area of 0.08 to 1 of the
     picture's and a ratio of 3/4 to 4/3 (even in its logarithm), at a random place; where none of 10 tries fits, the
-    largest box in the middle that keeps to the ratios. aspects: width over height, (n,).
+    largest box in the middle that keeps to the ratios. aspects: width over height, (n,), of a `part` of a batch.
     """
     count = len(aspects)
+    rows, whole = part or Part(slice(None), count)
     low, high = CROP_AREA
-    area = low + (high - low) * torch.rand(CROP_TRIES, count, generator=generator)
+    area = low + (high - low) * torch.rand(CROP_TRIES, whole, generator=generator)[:, rows]
     narrow, wide = (math.log(ratio) for ratio in CROP_RATIO)
-    ratio = torch.exp(narrow + (wide - narrow) * torch.rand(CROP_TRIES, count, generator=generator))
-    place = torch.rand(count, 2, generator=generator)
+    ratio = torch.exp(narrow + (wide - narrow) * torch.rand(CROP_TRIES, whole, generator=generator)[:, rows])
+    place = torch.rand(whole, 2, generator=generator)[rows]
     sizes = torch.stack([(area * ratio / aspects).sqrt(), (area * aspects / ratio).sqrt()], dim=2)
     fits = (sizes <= 1).all(2)
     first = sizes[fits.int().argmax(0), torch.arange(count)]

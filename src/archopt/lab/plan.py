@@ -9,11 +9,19 @@ from typing import Any
 import torch
 
 from archopt.lab.errors import LabError
-from archopt.lab.experiment import Experiment, WorkloadChoice, open_experiment
+from archopt.lab.experiment import (
+    Experiment,
+    WorkloadChoice,
+    make_workload,
+    open_experiment,
+    workload_class,
+)
+from archopt.lab.measure import threads
 from archopt.lab.optimizers import Choice, check_lr, parse_grid
 from archopt.lab.record import COMPARISON, FORMAT, explained, run_path, stored_result, write_json
 from archopt.lab.train import Settings, run_config
 from archopt.lab.trainers import trainer_of
+from archopt.lab.workload import Workload
 
 Rates = str | Sequence[float]
 """`grid`, `published`, `default`, or numbers."""
@@ -63,7 +71,7 @@ class RunSpec:
         return f"{self.config['workload']} {self.config['optimizer']['label']}{rate} seed {self.seed}"
 
 
-def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[float | None]:
+def rates(asked: Rates, choice: Choice, workload: Workload) -> Sequence[float | None]:
     """The learning rates at which an optimiser is run on a workload.
 
     A rule without a rate is run once, one with rates in its brackets at those. Else the default is tried in every
@@ -74,7 +82,7 @@ def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[floa
     if choice.own_lrs:
         return sorted(set(choice.own_lrs))
     default = choice.default_lr
-    if asked == "published" and (lr := choice.published_lr(experiment.workload.published)) is not None:
+    if asked == "published" and (lr := choice.published_lr(workload.published)) is not None:
         return [lr]
     if asked in ("published", "default"):
         if default is None:
@@ -83,7 +91,7 @@ def rates(asked: Rates, choice: Choice, experiment: Experiment) -> Sequence[floa
                 f"{name} has no default learning rate; give one: '{name}(lr=...)' or --lrs 0.01,0.1"
             )
         return [default]
-    grid = experiment.workload.lrs if asked == "grid" else [check_lr(choice.entry, lr) for lr in asked]
+    grid = workload.lrs if asked == "grid" else [check_lr(choice.entry, lr) for lr in asked]
     tried = {float(lr) for lr in grid if isinstance(lr, int | float)}
     return sorted(tried if default is None else tried | {default})
 
@@ -106,10 +114,17 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
     Raises LabError for bad input, for an optimiser that can train none of the workloads, and for a folder that
     holds a different run; DataError where data is missing.
     """
+    # Every optimiser is built once on every model, and orthogonal weights take all threads that they may.
+    with threads(plan.settings.threads):
+        return _plan_runs(plan)
+
+
+def _plan_runs(plan: Plan) -> list[RunSpec]:
     if unknown := [seed for seed in plan.tuning_seeds if seed not in plan.seeds]:
         raise LabError(f"--tuning-seeds has {unknown[0]}, which is none of the seeds {_listed(plan.seeds)}")
     choices = _distinct("optimiser", [choice for text in plan.optimizers for choice in parse_grid(text)])
     device = parse_device(plan.settings.device)
+    _check_settings(plan, choices)
     specs: list[RunSpec] = []
     workloads: list[dict[str, Any]] = []
     optimizers = {choice.label: _describe_optimizer(choice) for choice in choices}
@@ -121,7 +136,7 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
         workloads.append(_describe(experiment))
         name, settings = experiment.workload.name, experiment.workload.published
         for choice in choices:
-            lrs = rates(plan.lrs, choice, experiment)
+            lrs = rates(plan.lrs, choice, experiment.workload)
             if reason := check_choice(experiment, choice, lrs):
                 refused[choice.label].append(reason)
             told = optimizers[choice.label]
@@ -136,6 +151,20 @@ def plan_runs(plan: Plan) -> list[RunSpec]:
         stored_result(spec.path, spec.config)  # refuses a folder that holds a different run
     _write_comparison(plan, workloads, optimizers)
     return sorted(specs, key=lambda spec: plan.seeds.index(spec.seed))
+
+
+def _check_settings(plan: Plan, choices: Sequence[Choice]) -> None:
+    """Raises LabError, before any data are read, for an optimiser that lacks an option which each workload sets."""
+    settings = [make_workload(workload_class(w.name), w.preset, w.options).published for w in plan.workloads]
+    for choice in choices:
+        reasons = []
+        for published in settings:
+            try:
+                choice.check(published)
+            except LabError as error:
+                reasons.append(error)
+        if len(reasons) == len(settings):
+            raise reasons[0]
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -153,10 +153,10 @@ class _Worker:
 class _Crew:
     """Worker processes, and the runs that they are busy with."""
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, threads: int | None) -> None:
         self._context = multiprocessing.get_context("spawn")
         self.stop = self._context.Event()
-        self._threads = max(1, cores() // jobs)
+        self._threads = threads or max(1, cores() // jobs)
         self.workers = [self._hire(number) for number in range(jobs)]
 
     def _hire(self, number: int) -> _Worker:
@@ -244,7 +244,7 @@ def _do(plan: Plan, specs: Sequence[RunSpec], follower: Follower, outcome: Outco
     if not waiting:
         return
     usual = 1 if parse_device(plan.settings.device).type == "cuda" else cores()
-    crew = _Crew(min(plan.jobs or usual, len(waiting)))
+    crew = _Crew(min(plan.jobs or usual, len(waiting)), plan.settings.threads)
     try:
         with _interruptible(crew):
             while waiting or any(member.spec for member in crew.workers):

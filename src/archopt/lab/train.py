@@ -7,7 +7,7 @@ import platform
 import statistics
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from archopt._version import __version__
 from archopt.lab import measure, seeds
 from archopt.lab.averaging import Averages
-from archopt.lab.errors import Interrupted, LabError
+from archopt.lab.errors import Interrupted, LabError, RankError
 from archopt.lab.experiment import Experiment
 from archopt.lab.optimizers import Choice, has_modes, numbers, state_bytes
 from archopt.lab.record import FORMAT, RunFolder, stored_result
+from archopt.lab.share import ALONE, Share
 from archopt.lab.steps import StepNumbers
 from archopt.lab.trackers import Tracked
 from archopt.lab.trainers import packages, trainer_of, trainers_record
@@ -66,7 +67,12 @@ def clip_norm(experiment: Experiment, choice: Choice, settings: Settings) -> flo
 
 
 def run_config(
-    experiment: Experiment, choice: Choice, lr: float | None, seed: int, settings: Settings
+    experiment: Experiment,
+    choice: Choice,
+    lr: float | None,
+    seed: int,
+    settings: Settings,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """The content of `config.json`: everything but "environment" is what makes the run this run."""
     workload = experiment.workload
@@ -84,6 +90,8 @@ def run_config(
         "compile": settings.compile,
         "clip_norm": clip_norm(experiment, choice, settings),
     }
+    if share.size > 1:
+        config["processes"] = share.size
     if workload.data_note:
         config["data_note"] = workload.data_note
     if experiment.source is not None:
@@ -115,33 +123,33 @@ def train(
     settings: Settings,
     path: Path,
     watcher: Watcher | None = None,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """Trains one run to its end in the folder `path` and returns its result; one that has ended is only read.
+
+    share: what this process has of it, where several train it together, each of which calls this.
 
     An exception in the workload or the optimiser ends the run with status "failed" and is recorded, not raised.
     Raises LabError where the run cannot be as asked for, RecordError where the record cannot be written, and
     Interrupted, after a checkpoint, where the watcher asks to stop.
     """
-    config = run_config(experiment, choice, lr, seed, settings)
-    if (ended := stored_result(path, config)) is not None:
+    config = run_config(experiment, choice, lr, seed, settings, share)
+    share.agree(config, experiment.device)
+    if (ended := share.first(lambda: stored_result(path, config))) is not None:
         return ended
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or threads)
-    follower = Tracked(watcher or Watcher(), settings.log, path, config)
-    try:
-        run = Run(experiment, choice, lr, seed, settings, follower)  # what it refuses leaves no trace
-        with RunFolder(path, config) as folder:
-            if folder.result is not None:  # another process has been quicker
-                return folder.result
-            state = folder.load_checkpoint()
+    follower = Tracked(watcher or Watcher(), () if share.rank else settings.log, path, config)
+    with measure.threads(settings.threads), closing(follower):
+        run = Run(experiment, choice, lr, seed, settings, follower, share)  # what it refuses leaves no trace
+        with share.folder(path, config) as folder:
+            ended = share.first(lambda: folder.result)
+            if ended is not None:  # another command has been quicker
+                return ended
+            state = share.first(folder.load_checkpoint)
             if state is not None and settings.threads is None:
                 torch.set_num_threads(state["threads"])
             result = run.to_end(folder, state)
             folder.finish(result)
             return result
-    finally:
-        follower.close()
-        torch.set_num_threads(threads)
 
 
 @dataclass
@@ -166,6 +174,7 @@ class Run:
     """A run in progress; what a workload's `train_step` sees of it is `archopt.lab.workload.Training`."""
 
     models: dict[str, nn.Module]
+    """As `train_step` calls them."""
     optimizers: dict[str, torch.optim.Optimizer]
 
     def __init__(
@@ -176,9 +185,13 @@ class Run:
         seed: int,
         settings: Settings,
         watcher: Watcher,
+        share: Share = ALONE,
     ) -> None:
         # A copy, so that what `build` and the steps hang on a workload does not reach the process's next run.
         self.workload = copy.copy(experiment.workload)
+        self._share = share
+        if share.size > 1:
+            self.workload.share = share
         self.seed = seed
         self.clip_norm = clip_norm(experiment, choice, settings)
         self._lr, self._settings = lr, settings
@@ -188,7 +201,7 @@ class Run:
         self._clock = measure.clock_for(self._device)
         self._means = measure.Means(self._device)
         self._step = 0
-        self._weight = 1.0
+        self._weight, self._pull = 1.0, 1.0
         self._multiplier: float | None = None
         self._written: dict[str, float] = dict.fromkeys(measure.PHASES, 0.0)
         self._found, self._found_of_average = Found(), Found()
@@ -200,20 +213,27 @@ class Run:
         """The workload's batch of a step."""
         self._clock.enter(measure.OTHER)
         batch = self.workload.batch(step, self.seed)
-        self._weight = self.workload.weight(batch)
+        self._weight = self.workload.weight(step)
+        if self._share.size > 1:
+            rows = self.workload.rows_of_step(step)
+            part = self._share.count(rows) / rows
+            self._weight *= part
+            self._pull = part * self._share.size  # gradients are means over processes, whose parts differ
         self._clock.enter(measure.FORWARD_BACKWARD)
         return batch
 
     def update(self, name: str, loss: Tensor) -> None:
         """Backward, clipping, the named model's step; then all gradients are freed."""
         with self._without_autocast:
+            if self._pull != 1.0:
+                loss = loss * self._pull
             loss.backward()  # type: ignore[no-untyped-call]
             self._clock.enter(measure.OPTIMIZER)
             if self.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.models[name].parameters(), self.clip_norm)
+                nn.utils.clip_grad_norm_(self._bare[name].parameters(), self.clip_norm)
             self.optimizers[name].step()
             if self._averages is not None:
-                self._averages.update(name, self.models[name])
+                self._averages.update(name, self._bare[name])
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad()
             if self._settings.amp:
@@ -225,25 +245,26 @@ class Run:
     def _build(self, choice: Choice) -> None:
         seeds.seed_all(seeds.mix(self.seed, 0, seeds.BUILD), self._device)
         built = self.workload.build()
-        self.models = built if isinstance(built, dict) else {"model": built}
-        for name, model in self.models.items():
+        self._bare = built if isinstance(built, dict) else {"model": built}
+        for name, model in self._bare.items():
             if not isinstance(model, nn.Module):
                 raise LabError(f"{self.workload.name}: build() gave {name} = {model!r}, expected a module")
             model.to(self._device)
         seeds.seed_all(seeds.mix(self.seed, 0, seeds.OPTIMIZER), self._device)
-        trainers = {name: trainer_of(self.workload, name, choice, self._lr) for name in self.models}
-        self.optimizers = {name: trainers[name].build(model) for name, model in self.models.items()}
+        trainers = {name: trainer_of(self.workload, name, choice, self._lr) for name in self._bare}
+        self.optimizers = {name: trainers[name].build(model) for name, model in self._bare.items()}
         self._followers = {
             name: StepNumbers(model, self.optimizers[name], self.workload.updates_every)
-            for name, model in self.models.items()
+            for name, model in self._bare.items()
         }
         # Made after the optimisers, whose construction may change weights.
         self._averages: Averages | None = None
         if self._settings.average:
-            self._averages = Averages(self.models, self.workload, self.seed, self._device)
+            self._averages = Averages(self._bare, self.workload, self.seed, self._device)
         if self._settings.compile:
-            for model in [*self.models.values(), *(self._averages.models.values() if self._averages else ())]:
+            for model in [*self._bare.values(), *(self._averages.models.values() if self._averages else ())]:
                 model.compile()
+        self.models = {name: self._share.wrap(model) for name, model in self._bare.items()}
         self._rates = {
             name: [group["lr"] for group in optimizer.param_groups]
             for name, optimizer in self.optimizers.items()
@@ -269,12 +290,17 @@ class Run:
             if state is None:
                 self._write_line()
             status = self._loop()
+        except RankError as error:
+            return self._failed(error)
         except (LabError, Interrupted):
             raise
         except Exception as error:  # whatever the workload's or the optimiser's code may raise
-            trace = traceback.format_exc()
-            return {**self._result("failed"), "error": describe(error), "traceback": trace}
+            return self._failed(self._share.blame(error))
         return self._result(status)
+
+    def _failed(self, error: Exception) -> dict[str, Any]:
+        words = str(error) if isinstance(error, RankError) else describe(error)
+        return {**self._result("failed"), "error": words, "traceback": traceback.format_exc()}
 
     def _loop(self) -> str:
         workload, clock, means, watcher = self.workload, self._clock, self._means, self._watcher
@@ -301,12 +327,14 @@ class Run:
                 finite = means.finite()
             stop = watcher.step(step, perf_counter())
             now = clock.end_step()
+            infinite, stop, due = self._share.any(not finite, stop, self._checkpoint_due(step, now))
+            finite = not infinite
             if step % every == 0 or step == steps or not finite:
                 finite = self._write_line() and finite
                 clock.start()
             if not finite:
                 return "diverged"
-            if step < steps and (stop or self._checkpoint_due(step, now)):
+            if step < steps and (stop or due):
                 self._save_checkpoint()
                 clock.start()
             if stop and step < steps:
@@ -329,10 +357,11 @@ class Run:
     def _write_line(self) -> bool:
         """Evaluates and adds a line to the metrics. False where that shows that the run has diverged."""
         steps = self._means.count
-        means = self._means.take()
+        means = self._means.take(self._share)
         self._clock.settle()
         finite = math.isfinite(means.get("loss", 0.0))
         metric = self.workload.metric
+        self._share.same_buffers(self._bare)
         evaluated = self._evaluate(finite, means)
         judged = [number for key, number in evaluated.items() if key == metric.key or key.endswith("loss")]
         finite = finite and all(map(math.isfinite, judged))
@@ -382,8 +411,8 @@ class Run:
     def _draw(self) -> None:
         """Keeps the workload's pictures of this step."""
         seeds.seed_all(seeds.mix(self.seed, self._step, seeds.EVALUATION), self._device)
-        with evaluation_mode(self.models, self.optimizers), torch.no_grad(), self._autocast:
-            pictures = self.workload.pictures(self.models)
+        with evaluation_mode(self._bare, self.optimizers), torch.no_grad(), self._autocast:
+            pictures = self.workload.pictures(self._bare)
         for name, picture in pictures.items():
             self._folder.save_picture(f"step={self._step}-{name}", picture)
 
@@ -407,7 +436,7 @@ class Run:
     def _evaluate(self, finite: bool, means: Mapping[str, float]) -> dict[str, float]:
         """The metrics of the models as training has left them."""
         key = self.workload.metric.key
-        found = self._measure(self.models, self.optimizers, finite)
+        found = self._measure(self._bare, self.optimizers, finite)
         if key not in found and (told := key.removeprefix("train_")) in means:
             found[key] = means[told]  # judged by what `train_step` tells
         elif key not in found and not (key.startswith("train_") and self._step == 0):
@@ -434,7 +463,7 @@ class Run:
     def _result(self, status: str) -> dict[str, Any]:
         self._clock.settle()
         totals, seconds = self._clock.totals, self._clock.seconds
-        parameters = [p for model in self.models.values() for p in model.parameters()]
+        parameters = [p for model in self._bare.values() for p in model.parameters()]
         result = {
             "status": status,
             "error": None,
@@ -448,7 +477,7 @@ class Run:
             "peak_memory_bytes": self._peak.read(),
             "optimizer_state_bytes": sum(map(state_bytes, self.optimizers.values())),
             "parameters": sum(p.numel() for p in parameters),
-            "weights_sha256": weights_sha256(self.models),
+            "weights_sha256": weights_sha256(self._bare),
         }
         if self._averages is not None:
             result["average"] = {
@@ -469,12 +498,12 @@ class Run:
         state = {
             "step": self._step,
             "threads": torch.get_num_threads(),
-            "models": {name: model.state_dict() for name, model in self.models.items()},
+            "models": {name: model.state_dict() for name, model in self._bare.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "workload": self.workload.state_dict(),
             "clock": self._clock.state_dict(),
             "written": self._written,
-            "means": self._means.state_dict(),
+            "means": self._share.all(self._means.state_dict()),
             "per_step": {name: follower.state_dict() for name, follower in self._followers.items()},
             **asdict(self._found),
             "peak_memory": self._peak.read(),
@@ -487,12 +516,15 @@ class Run:
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         self.workload.load_state_dict(state["workload"])  # first: it may say why weights cannot fit
-        for name, model in self.models.items():
+        for name, model in self._bare.items():
             model.load_state_dict(state["models"][name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self._clock.load_state_dict(state["clock"])
-        self._means.load_state_dict(state["means"], self._device)
+        means = state["means"]  # of each process; older checkpoints are of one
+        self._means.load_state_dict(
+            means[self._share.rank] if isinstance(means, list) else means, self._device
+        )
         for name, kept in state.get("per_step", {}).items():  # which older checkpoints do not have
             self._followers[name].load_state_dict(kept, self._device)
         self._step = state["step"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from archopt.lab.data import DataFolder
+from archopt.lab.share import ALONE
 
 Models = nn.Module | dict[str, nn.Module]
 
@@ -78,8 +79,15 @@ class Workload:
     """What `archopt train` takes where none is asked for: the published one, where the experiment is one rule's."""
     default_preset: ClassVar[str] = "small"
     """What `archopt train` takes where none is asked for."""
+    divisible: ClassVar[bool] = False
+    """Whether several processes can train it together (`--distribute`): a batch is rows that depend on (seed, step)
+    alone, of which `batch` gives those in `share.part`; its loss is a mean over rows; and `evaluate` brings
+    together with `share.sum` what each process found for the rows that `share.deal` gave it."""
     clip_norm: ClassVar[float | None] = None
     """Norm that gradients are clipped to, where the published experiment does so; `--clip-norm` overrides it."""
+
+    share = ALONE
+    """What this process has of a run; all of it, but for workloads that are divisible."""
 
     @property
     def published(self) -> Mapping[str, Mapping[str, Any]]:
@@ -135,9 +143,13 @@ class Workload:
         """The training batch of a step: a function of (seed, step) alone."""
         raise NotImplementedError(f"{type(self).__name__} must define batch()")
 
-    def weight(self, batch: Any) -> float:
-        """What a training batch counts in the means of a record: its rows, where those are to be exact over batches
-        of different size. Here all batches count alike."""
+    def rows_of_step(self, step: int) -> int:
+        """Rows of the batch of a step, of all processes together. For workloads that are divisible."""
+        raise NotImplementedError(f"{type(self).__name__} must define rows_of_step(), or not be divisible")
+
+    def weight(self, step: int) -> float:
+        """What the batch of a step counts in the means of a record: its rows, where those are to be exact over
+        batches of different size. Here all batches count alike."""
         return 1.0
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -116,6 +116,8 @@ class AGD(ArchOptimizer):
         True
     """
 
+    needs_all_gradients = "its step size is formed from the gradients of all tensors"
+
     def __init__(
         self,
         params: Params,

@@ -111,11 +111,12 @@ class AutoNero(ArchOptimizer):
         >>> optimizer = archopt.AutoNero(model)
         >>> model(torch.ones(2, 8)).square().mean().backward()
         >>> optimizer.step()
-        >>> round(float(optimizer.theta), 6)  # doubles at the next ten steps, and follows the gradients then
-        1e-05
+        >>> round(float(optimizer.theta), 6)  # doubles at the next four steps, and follows the gradients then
+        0.001
     """
 
     state_names = ("step", "exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "feedback")
+    needs_all_gradients = "its angle follows from the gradients of all tensors together"
 
     _unscaled: Sequence[tuple[Tensor, Tensor]] = ()
     """Weights that construction scaled, with what they were, until the second step is taken.
@@ -138,7 +139,7 @@ class AutoNero(ArchOptimizer):
         target: float = 0.15,
         target_steps: float = 100.0,
         bound: float = 1.0,
-        initial_theta: float = 1e-5,
+        initial_theta: float = 1e-3,
         limit: float = 2.0,
         radius: str = "own",
         embedding_radius: str = "rms",

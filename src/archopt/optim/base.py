@@ -58,6 +58,9 @@ class ArchOptimizer(Optimizer):
     state_names: ClassVar[tuple[str, ...]] = ()
     """What `_init_state` creates for a parameter; a loaded state must have it."""
 
+    needs_all_gradients: ClassVar[str] = "its rule does not say that it treats every tensor by itself"
+    """Why no tensor can be updated before all gradients are there; empty for rules that treat each by itself."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__init__ = _refuse_unknown_options(cls.__init__)  # type: ignore[method-assign]
@@ -169,6 +172,19 @@ class ArchOptimizer(Optimizer):
         self._create_state()
         self._update()
         return loss
+
+    def _step_alone(self, group: dict[str, Any], param: Tensor) -> None:
+        """The same step for one parameter of a group, as if there were no other; for `step_in_backward`.
+
+        Sound for rules without `needs_all_gradients`. Raises TypeError for sparse gradients.
+        """
+        alone = object.__new__(
+            type(self)
+        )  # shares options and state; a step in another thread does not see it
+        alone.__dict__ = {**self.__dict__, "param_groups": [{**group, "params": [param]}]}
+        alone._check_gradients()
+        alone._create_state()
+        alone._update()
 
     def _check_graph_capture(self) -> None:
         """torch's check that a CUDA graph is captured with `capturable` alone, under its new or its old name."""

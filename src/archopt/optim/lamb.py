@@ -139,6 +139,7 @@ class Lamb(ArchOptimizer):
     """
 
     state_names = ("step", "exp_avg", "exp_avg_sq", "weight_norm", "adam_norm", "trust_ratio", "skipped")
+    needs_all_gradients = ""
 
     def __init__(
         self,

@@ -138,6 +138,7 @@ class Madam(ArchOptimizer):
     """
 
     state_names = ("step", "exp_avg_sq", "max", "skipped")
+    needs_all_gradients = ""
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ never projected. The bias correction 1 - beta^t and the frozen s follow the auth
 """
 
 import functools
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,6 +118,7 @@ class Nero(ArchOptimizer):
     """
 
     state_names = ("step", "exp_avg_sq", "scale", "turn", "skipped")
+    needs_all_gradients = ""
 
     def __init__(
         self,
@@ -152,12 +154,12 @@ class Nero(ArchOptimizer):
             "capturable": capturable,
             "stochastic_rounding": stochastic_rounding,
         }
-        self._plans = gpu.Plans()
+        self._plans: defaultdict[int, gpu.Plans] = defaultdict(gpu.Plans)  # by group
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = gpu.Plans()  # what was prepared for the tensors of another optimizer is of no use
+        self._plans = defaultdict(gpu.Plans)  # what was prepared for another optimizer's tensors is of no use
 
     def mean_turn(self) -> dict[str, Tensor]:
         """Mean turn of the last step in radians, by role (by group where no roles are known), as 0-d tensors."""
@@ -217,7 +219,7 @@ class Nero(ArchOptimizer):
         for group in self.param_groups:  # all of them first: a refusal must come before anything moves
             params = [p for p in self._trainable(group) if p.grad is not None]
             states = [self.state[p] for p in params]
-            on_gpu = nero_gpu.served(params, states, group, self._plans, number)
+            on_gpu = nero_gpu.served(params, states, group, self._plans[len(work)], number)
             others, their_states = [params[i] for i in on_gpu.rest], [states[i] for i in on_gpu.rest]
             nero_gpu.check_rounding(others, group)
             work.append((group, params, on_gpu, others, their_states, served(others, their_states, group)))

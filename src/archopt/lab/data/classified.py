@@ -20,6 +20,7 @@ from archopt.lab.data.image_folder import ImageFolder, load_image_folder
 from archopt.lab.data.mnist import Images, load_fashion_mnist, load_mnist
 from archopt.lab.pictures import (
     CIFAR10_MEAN,
+    Part,
     central_boxes,
     cropped_and_mirrored,
     normalized,
@@ -66,8 +67,17 @@ class Classified(Protocol):
     reads_ahead: bool
     """Whether it helps to say which pictures will be asked for next."""
 
-    def training(self, rows: Tensor, generator: torch.Generator, following: Tensor | None = None) -> Tensor:
-        """Those pictures to train on, changed as the generator draws: (n, channels, h, w) float32."""
+    def training(
+        self,
+        rows: Tensor,
+        generator: torch.Generator,
+        following: Tensor | None = None,
+        part: Part | None = None,
+    ) -> Tensor:
+        """Those pictures to train on, changed as the generator draws: (n, channels, h, w) float32.
+
+        part: of which batch they are a part, where they are not all of it.
+        """
 
     def testing(self, rows: Tensor, following: Tensor | None = None) -> Tensor:
         """Those pictures to test on."""
@@ -93,11 +103,22 @@ class SmallPictures:
             torch.tensor(part[:count], dtype=torch.int64)
             for part, count in ((images.train_labels, train), (images.test_labels, test))
         )
+        if (largest := int(torch.cat([self.train_targets, self.test_targets]).max())) >= self.classes:
+            raise DataError(
+                f"a label of {largest} in a set of {self.classes} classes, expected 0 to {self.classes - 1}; "
+                "this is another set, get the right one with archopt data fetch"
+            )
 
-    def training(self, rows: Tensor, generator: torch.Generator, following: Tensor | None = None) -> Tensor:
+    def training(
+        self,
+        rows: Tensor,
+        generator: torch.Generator,
+        following: Tensor | None = None,
+        part: Part | None = None,
+    ) -> Tensor:
         pictures = self._train.index_select(0, rows)
         if self._known.changed:
-            pictures = cropped_and_mirrored(pictures, generator)
+            pictures = cropped_and_mirrored(pictures, generator, part=part)
         return normalized(pictures, self._known.mean, self._known.std)
 
     def testing(self, rows: Tensor, following: Tensor | None = None) -> Tensor:
@@ -123,11 +144,18 @@ class Photographs:
         self.train_targets = found.train.targets[self._train]
         self.test_targets = found.val.targets[self._test]
 
-    def training(self, rows: Tensor, generator: torch.Generator, following: Tensor | None = None) -> Tensor:
+    def training(
+        self,
+        rows: Tensor,
+        generator: torch.Generator,
+        following: Tensor | None = None,
+        part: Part | None = None,
+    ) -> Tensor:
         ahead = None if following is None else self._train[following]
         images, aspects = self._found.train.pictures.take(self._train[rows], ahead)
-        boxes = random_boxes(aspects, generator)
-        mirror = torch.rand(len(rows), generator=generator) < 0.5
+        wanted, whole = part or Part(slice(None), len(rows))
+        boxes = random_boxes(aspects, generator, part)
+        mirror = (torch.rand(whole, generator=generator) < 0.5)[wanted]
         return normalized(resized_crops(images, boxes, self._size, mirror), self._known.mean, self._known.std)
 
     def testing(self, rows: Tensor, following: Tensor | None = None) -> Tensor:

@@ -1,26 +1,23 @@
 """The pictures of a comparison: which there are, what each shows and what its caption says."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import altair as alt
 
 from archopt.lab.report import text
+from archopt.lab.report.heat import over_options, over_rates
 from archopt.lab.report.horizon import horizons
+from archopt.lab.report.lines import draw_lines, values_of
 from archopt.lab.report.load import Point, Run, finite
 from archopt.lab.report.panels import (
     HEIGHT,
     Bar,
     Figure,
     Label,
-    Line,
     Panel,
     Rows,
-    Sample,
-    Stray,
     bars,
-    curves,
     vertical,
 )
 from archopt.lab.report.statistics import (
@@ -31,20 +28,14 @@ from archopt.lab.report.statistics import (
     Row,
     Summary,
     Value,
-    curve,
     profiles,
 )
+from archopt.lab.report.steps import automatic_steps, relative_updates, steps_over_options
 from archopt.lab.report.style import CROSS, Axis, Style, choose_axis, log_ticks
-
-MOST_POINTS = 200
-"""A line is drawn through no more evaluations than these, evenly chosen, the last among them."""
-AUTOMATIC = {"eta": "automatic step size η", "theta": "automatic angle θ (radians)"}
-"""Step sizes that a rule chooses itself, by the last part of their key in the records."""
 
 EVERYTHING = "all workloads"
 
 Styles = dict[str, Style]
-T = TypeVar("T")
 
 
 def figures(summaries: Sequence[Summary], styles: Styles) -> list[list[Figure]]:
@@ -56,10 +47,18 @@ def figures(summaries: Sequence[Summary], styles: Styles) -> list[list[Figure]]:
             sensitivity(summary, styles),
             time_to_target(summary, styles),
             automatic_steps(summary, styles),
+            relative_updates(summary, styles),
+            over_rates(summary, styles),
         ]
         for summary in summaries
     ]
-    over_all = [profile(summaries, styles), regrets(summaries, styles), *horizons(summaries, styles)]
+    over_all = [
+        *over_options(summaries, styles),
+        *steps_over_options(summaries),
+        profile(summaries, styles),
+        regrets(summaries, styles),
+        *horizons(summaries, styles),
+    ]
     groups.append(over_all if len(summaries) > 1 else [])
     return [[figure for figure in group if figure is not None] for group in groups]
 
@@ -78,7 +77,7 @@ def learning_curves(summary: Summary, styles: Styles, *, best: bool) -> Figure |
         if (cell := row.leading if best else row.default) is not None
     }
     runs = [run for cell in cells.values() for run in cell.runs]
-    measured = _numbers(runs, value := _metric_value(metric.key))
+    measured = values_of(runs, value := _metric_value(metric.key))
     axes = [
         (
             value,
@@ -90,10 +89,10 @@ def learning_curves(summary: Summary, styles: Styles, *, best: bool) -> Figure |
                 start=summary.initial,
             ),
         ),
-        (_loss, choose_axis("training loss", _numbers(runs, _loss), start=_first_loss(runs))),
+        (_loss, choose_axis("training loss", values_of(runs, _loss), start=_first_loss(runs))),
     ]
     panels = tuple(
-        _curves(Panel(styles), cells, value, axis, seconds=seconds)
+        draw_lines(Panel(styles), cells, value, axis, seconds=seconds)
         for value, axis in axes
         if axis is not None
         for seconds in (False, True)
@@ -120,73 +119,14 @@ def _metric_value(key: str) -> Value:
     return lambda point: finite(point.eval.get(key))
 
 
-def _automatic_value(key: str) -> Value:
-    return lambda point: finite(point.optimizer.get(key))
-
-
 def _loss(point: Point) -> float | None:
     return finite(point.train.get("loss"))
 
 
-def _numbers(runs: Iterable[Run], value: Value) -> list[float]:
-    return [number for run in runs for point in run.points if (number := value(point)) is not None]
-
-
 def _first_loss(runs: Sequence[Run]) -> float | None:
     """The median of the first training loss on record."""
-    first = sorted(numbers[0] for run in runs if (numbers := _numbers([run], _loss)))
+    first = sorted(numbers[0] for run in runs if (numbers := values_of([run], _loss)))
     return first[len(first) // 2] if first else None
-
-
-def _curves(panel: Panel, cells: dict[str, Cell], value: Value, axis: Axis, *, seconds: bool) -> Panel:
-    lines = []
-    for label, cell in cells.items():
-        name = text.setting(label, cell.lr)
-        samples = [
-            Sample(
-                x=point.seconds if seconds else point.step,
-                y=point.mean,
-                low=point.low,
-                high=point.high,
-                note={
-                    "setting": name,
-                    "step": f"{point.step:,}",
-                    "time": text.duration(point.seconds),
-                    "mean": _number(axis, point.mean),
-                    "range": f"{_number(axis, point.low)} to {_number(axis, point.high)}",
-                },
-            )
-            for point in _thin(curve(cell.finished, value))
-        ]
-        strays = [
-            Stray(
-                run.folder,
-                _thin(_track(run, value, seconds=seconds)),
-                f"{name}, seed {run.seed}: {run.status}" if run.status in ("diverged", "failed") else "",
-            )
-            for run in cell.runs
-            if run.points and run.status != "finished"
-        ]
-        lines.append(Line(label, name, samples, strays))
-    return curves(panel, lines, axis, "training seconds" if seconds else "steps")
-
-
-def _track(run: Run, value: Value, *, seconds: bool) -> list[tuple[float, float]]:
-    """A single run's finite values."""
-    return [
-        (point.seconds if seconds else float(point.step), number)
-        for point in run.points
-        if (number := value(point)) is not None
-    ]
-
-
-def _thin(points: Sequence[T]) -> Sequence[T]:
-    stride = math.ceil(len(points) / MOST_POINTS) or 1
-    return points[::-1][::stride][::-1]
-
-
-def _number(axis: Axis, number: float) -> str:
-    return f"{100 * number:.2f} %" if axis.percent else f"{number:.4g}"
 
 
 # ------------------------------------------------------------------------------------ sensitivity to the rate
@@ -354,36 +294,6 @@ def _target_bar(row: Row, cell: Cell, when: Reached, note: str, *, seconds: bool
         dots=numbers,
         text=text.reached(when, seconds=seconds),
         strong=cell is row.leading,
-    )
-
-
-# ------------------------------------------------------------------------------------------- automatic step size
-
-
-def automatic_steps(summary: Summary, styles: Styles) -> Figure | None:
-    """The step sizes that rules without a rate chose, over training."""
-    panels = []
-    found = {
-        key for row in summary.rows for run in row.runs for point in run.points for key in point.optimizer
-    }
-    for key in sorted(found):
-        *model, quantity = key.split("/")  # "generator/eta" where several models have an optimiser each
-        if quantity not in AUTOMATIC:
-            continue
-        value = _automatic_value(key)
-        cells = {row.optimizer.label: row.leading for row in summary.rows if _numbers(row.runs, value)}
-        title = " ".join([*model, AUTOMATIC[quantity]])
-        axis = choose_axis(title, _numbers([run for cell in cells.values() for run in cell.runs], value))
-        if axis is not None:
-            panels.append(_curves(Panel(styles), cells, value, axis, seconds=False))
-    if not panels:
-        return None
-    return Figure(
-        name=f"{summary.workload.slug}-automatic-step",
-        subject=summary.workload.title,
-        title="the step size that the rule chose itself",
-        caption="Line: mean over the seeds that finished; band: their range.",
-        panels=tuple(panels),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from archopt.lab.report.panels import Figure
-from archopt.lab.report.style import Style, config
+from archopt.lab.report.style import OTHERS, Style, config
 from archopt.lab.report.table import Entry, Table
 
 FIGURES = "figures"
@@ -37,7 +37,7 @@ def document(
     data = {
         "specs": specs,
         "config": {"light": config(dark=False), "dark": config(dark=True)},
-        "dark": {style.light: style.dark for style in styles.values()},
+        "dark": {style.light: style.dark for style in (*OTHERS, *styles.values())},
     }
     return f"""<!doctype html>
 <html lang="en">

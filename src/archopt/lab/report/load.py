@@ -25,6 +25,10 @@ AVERAGE = " (average)"
 """Where weights were averaged (`--average`), each optimiser stands twice: plain, and averaged with this label."""
 
 
+SPREAD = ("mean", "least", "greatest")
+"""What a record tells of numbers of single steps."""
+
+
 class ReportError(LabError):
     """A folder or a record that cannot be reported on; the message is one line and names the file."""
 
@@ -57,6 +61,8 @@ class Point:
     optimizer: Mapping[str, float]
     average: Mapping[str, float] = field(default_factory=dict)
     """The evaluation of the averaged weights, where they were averaged."""
+    per_step: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of numbers of single steps their mean, least and greatest since the evaluation before."""
 
 
 @dataclass(frozen=True)
@@ -372,7 +378,7 @@ def _status(result: Mapping[str, Any], path: Path) -> Status:
 
 def _average(run: Run, path: Path) -> Run:
     """A run as its averaged weights have it. Losses of training and automatic steps belong to the run itself."""
-    points = tuple(replace(p, eval=p.average, train={}, optimizer={}) for p in run.points)
+    points = tuple(replace(p, eval=p.average, train={}, optimizer={}, per_step={}) for p in run.points)
     own = run.result.get("average") or {}
     state = [finite(run.result.get("optimizer_state_bytes")), finite(own.get("state_bytes"))]
     result = {
@@ -411,6 +417,10 @@ def _read_points(path: Path) -> tuple[Point, ...]:
                     eval=_numbers(entry.get("eval")),
                     optimizer=_numbers(entry.get("optimizer")),
                     average=_numbers(entry.get("average")),
+                    per_step={
+                        name: _numbers({key: spread[key] for key in SPREAD})
+                        for name, spread in (entry.get("per_step") or {}).items()
+                    },
                 )
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:

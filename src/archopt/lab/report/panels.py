@@ -3,6 +3,7 @@
 import json
 import textwrap
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,6 +178,7 @@ class Figure:
             "title": {"text": f"{self.subject}: {self.title}", "subtitle": lines, "offset": 14},
             "columns": columns,
             "concat": json.loads(made),
+            "resolve": {"scale": {"fill": "independent"}},  # each heat map has its own numbers
             "datasets": {name: rows for panel in self.panels for name, rows in panel.tables.items()},
         }
 
@@ -237,6 +239,7 @@ def curves(panel: Panel, lines: Sequence[Line], axis: Axis, x_title: str) -> Pan
         elif line.strays:
             mark = " ×" if all(stray.end for stray in line.strays) else ""
             labels.append(Label(line.optimizer, line.text + mark, None, axis.worst))
+    count = Counter(row["optimiser"] for row in means)
     right = max((row["x"] for row in [*means, *strays, *ends]), default=1.0) or 1.0
     x = alt.X(
         "x:Q",
@@ -254,6 +257,9 @@ def curves(panel: Panel, lines: Sequence[Line], axis: Axis, x_title: str) -> Pan
         .mark_line(strokeWidth=1, strokeOpacity=0.6)
         .encode(x=x, y=y, color=panel.color, strokeDash=panel.dash, detail="run:N"),
         panel.of(means).mark_line(strokeWidth=2).encode(x=x, y=y, color=panel.color, strokeDash=panel.dash),
+        panel.of(row for row in means if count[row["optimiser"]] == 1)  # a line of one point is none
+        .mark_point(size=40, opacity=1, filled=True)
+        .encode(x=x, y=y, color=panel.color, shape=panel.shape),
         panel.of(ends)
         .mark_point(shape=CROSS, size=45, strokeWidth=2, opacity=1)
         .encode(x=x, y=y, color=panel.color, tooltip="run:N"),

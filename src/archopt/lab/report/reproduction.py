@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from archopt.lab.markdown import escaped
 from archopt.lab.report import html, text
 from archopt.lab.report.charts import learning_curves, sensitivity
+from archopt.lab.report.heat import best_on_the_way, over_options, over_rates, varied
 from archopt.lab.report.load import Comparison, Metric, ReportError, Workload, load, read_record
 from archopt.lab.report.panels import Figure
-from archopt.lab.report.statistics import Cell, Row, Spread, Summary, summarise
+from archopt.lab.report.statistics import Cell, Row, Spread, Summary, curve, spread, summarise
+from archopt.lab.report.steps import UPDATE, automatic_steps, relative_updates, step_value, steps_over_options
 from archopt.lab.report.style import Style, styles
-from archopt.lab.report.table import Column, Entry, Table, escaped, markdown_table, with_best
+from archopt.lab.report.table import Column, Entry, Table, markdown_table, with_best
 
 RECORD = "reproduction.json"
 PAGE = "report.html"
+FEW = 6
+"""Of no more workloads of a sweep than these are step sizes told in words."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,19 @@ class Reproduced:
         keys = {known.metric for known in self.published.values() if known.metric}
         return ", ".join(sorted(keys - {self.workload.metric.key}))
 
+    @property
+    def stated(self) -> Metric:
+        """The metric in which the paper's numbers are: ours, or a loss or a distance."""
+        other = self.other_metric
+        return (
+            Metric(other, other.replace("_", " "), higher_is_better=False) if other else self.workload.metric
+        )
+
+    def comparable(self, cell: Cell) -> Spread | None:
+        """Our numbers in the paper's metric, where our records have it."""
+        values = [run.final(self.stated.key) for run in cell.finished]
+        return spread([value for value in values if value is not None])
+
 
 @dataclass(frozen=True)
 class Part:
@@ -74,9 +92,20 @@ class Part:
     source: str
     refused: str
     """Why it cannot be trained here, or empty."""
+    seen: tuple[str, ...]
+    """What the paper's figures show beside its numbers."""
     comparison: Comparison | None
     """None where nothing has been trained."""
     workloads: tuple[Reproduced, ...]
+
+    @property
+    def summaries(self) -> list[Summary]:
+        return [workload.summary for workload in self.workloads]
+
+    @property
+    def swept(self) -> list[str]:
+        """The options that its workloads differ in, where it is a sweep over one or two numbers; else none."""
+        return varied(self.summaries) if len(self.workloads) > 2 else []
 
 
 @dataclass(frozen=True)
@@ -114,7 +143,13 @@ def _part(folder: Path, entry: Mapping[str, Any]) -> Part:
             published = {known["optimizer"]: Published(**known) for known in told["published"]}
             workloads.append(Reproduced(summary, published, told["deviations"]))
     return Part(
-        entry["name"], entry["summary"], entry["source"], entry["refused"], comparison, tuple(workloads)
+        entry["name"],
+        entry["summary"],
+        entry["source"],
+        entry["refused"],
+        tuple(entry.get("seen", ())),  # which older records do not have
+        comparison,
+        tuple(workloads),
     )
 
 
@@ -124,7 +159,7 @@ def _part(folder: Path, entry: Mapping[str, Any]) -> Part:
 def beside(workload: Reproduced) -> Table:
     """Every optimiser's best numbers beside the paper's."""
     metric = workload.workload.metric
-    columns = (
+    columns: tuple[Column, ...] = (
         Column("optimiser", "Sorted by our final metric; what has not been trained comes last."),
         Column("lr", "The rate at which our number stands: the best of those that were run."),
         Column("here", f"Final {metric.name}: mean ± population standard deviation over the seeds."),
@@ -138,6 +173,10 @@ def beside(workload: Reproduced) -> Table:
     ]
     trained = {row.optimizer.label for row in workload.summary.rows}
     rows += [_beside_row(label, None, workload) for label in workload.published if label not in trained]
+    if workload.other_metric:
+        name = workload.stated.name
+        ours = Column(f"here, {name}", f"Our final {name}, at the rate that is best by {metric.name}.")
+        columns = (*columns[:4], ours, *columns[4:])
     title = f"final {metric.name}{' in %' if metric.percent else ''}, beside the paper's"
     return Table(workload.workload.title, title, columns, with_best(rows))
 
@@ -147,15 +186,52 @@ def _beside_row(label: str, cell: Cell | None, workload: Reproduced) -> tuple[En
     final = None if cell is None else cell.final
     sign = -1 if metric.higher_is_better else 1
     seeds = text.NONE if cell is None else f"{len(cell.finished)}/{len(cell.runs)}"
-    stated = text.NONE if known is None else known.text(metric)
-    order = None if known is None or known.mean is None else sign * known.mean
+    stated = text.NONE if known is None else known.text(workload.stated)
+    sign_there = -1 if workload.stated.higher_is_better else 1
+    comparable = None if cell is None else workload.comparable(cell)
+    ours = (Entry(text.mean_and_sd(workload.stated, comparable)),) if workload.other_metric else ()
+    order = None if known is None or known.mean is None else sign_there * known.mean
     return (
         Entry(label),
         Entry(text.rate(None if cell is None else cell.lr)),
         Entry(text.final(cell), math.inf if final is None else sign * final.mean),
         Entry(seeds, bad=cell is not None and not cell.complete),
+        *ours,
         Entry(text.rate(None if known is None else known.lr)),
         Entry(stated, order),
+    )
+
+
+def over_sweep(part: Part) -> Table:
+    """All workloads of a sweep in one table: at the end, at the best evaluation on the way, and in the paper."""
+    names, metric = part.swept, part.workloads[0].workload.metric
+    columns = (
+        *(Column(name, "What the workloads of the sweep differ in.") for name in names),
+        Column("optimiser", "At its best rate."),
+        Column(
+            "here, at the end", f"Final {metric.name}: mean ± population standard deviation over the seeds."
+        ),
+        Column("here, best on the way", "The best of all evaluations of a run, so chosen on the test data."),
+        Column("seeds", "That finished, of those asked for."),
+        Column("published", "The paper's number."),
+    )
+    rows = [_sweep_row(workload, row, names) for workload in part.workloads for row in workload.summary.rows]
+    title = f"{metric.name}{' in %' if metric.percent else ''}, beside the paper's"
+    return Table(part.name, title, columns, tuple(rows))
+
+
+def _sweep_row(workload: Reproduced, row: Row, names: Sequence[str]) -> tuple[Entry, ...]:
+    metric, cell = workload.workload.metric, row.leading
+    known = workload.published.get(row.optimizer.label)
+    best = spread([value for run in cell.finished if (value := best_on_the_way(run)) is not None])
+    options = [workload.workload.options[name] for name in names]
+    return (
+        *(Entry(str(value), float(value)) for value in options),
+        Entry(row.optimizer.label),
+        Entry(text.final(cell)),
+        Entry(text.mean_and_sd(metric, best)),
+        Entry(f"{len(cell.finished)}/{len(cell.runs)}", bad=not cell.complete),
+        Entry(text.NONE if known is None else known.text(metric)),
     )
 
 
@@ -200,7 +276,7 @@ def _overview_row(workload: Reproduced, labels: Sequence[str]) -> tuple[Entry, .
 
 def _overview_entry(row: Row | None, workload: Reproduced, label: str) -> Entry:
     known = workload.published.get(label)
-    stated = f" ({known.text(workload.workload.metric)})" if known and known.mean is not None else ""
+    stated = f" ({known.text(workload.stated)})" if known and known.mean is not None else ""
     if row is None:
         return Entry(f"{text.NONE}{stated}")
     return Entry(f"{text.final(row.leading)}{stated}", best=row is _best(workload.summary))
@@ -225,18 +301,52 @@ def remarks(workload: Reproduced) -> list[str]:
     if workload.workload.data_note:
         lines.append(f"Not the paper's data: {workload.workload.data_note}.")
     if workload.other_metric:
-        lines.append(
-            f"The paper's numbers are in another metric, {workload.other_metric}, and cannot be compared with ours."
-        )
+        there = any(workload.comparable(row.leading) for row in workload.summary.rows)
+        beside = "of which ours stand beside them" if there else "and cannot be compared with ours"
+        lines.append(f"The paper's numbers are in another metric, {workload.other_metric}, {beside}.")
     lines += _orders(workload)
     lines += _rates(workload)
     return lines
 
 
+def _steps(workload: Reproduced) -> Iterator[str]:
+    """Step sizes and relative updates over training, to stand beside what the paper's figures show."""
+    for key, name in (("eta", "step size eta"), (UPDATE, "relative update")):
+        told = []
+        for row in workload.summary.rows:
+            points = curve(row.leading.finished, step_value(key, "mean"))
+            if points:
+                means = [point.mean for point in points]
+                first, last = (f"{mean:.2g}" for mean in (means[0], means[-1]))
+                told.append(
+                    f"{text.setting(row.optimizer.label, row.leading.lr)} {first} in the first, {min(means):.2g} "
+                    f"to {max(means):.2g} on the way, {last} in the last"
+                )
+        if told:
+            title = workload.workload.title
+            yield f"Means of the {name} over the steps of an epoch, {title}: {'; '.join(told)}."
+
+
+def _seen(part: Part) -> list[str]:
+    """What the paper's figures show."""
+    return [f"The paper's figures (read off to 10 or 20 %): {'; '.join(part.seen)}."] if part.seen else []
+
+
+def sweep_remarks(part: Part) -> list[str]:
+    """What `remarks` says of the workloads of a sweep, each line once."""
+    lines = [line for workload in part.workloads for line in remarks(workload)]
+    if len(part.workloads) <= FEW:  # of more, the pictures tell
+        lines += [line for workload in part.workloads for line in _steps(workload)]
+    return list(dict.fromkeys(lines))
+
+
 def _orders(workload: Reproduced) -> Iterator[str]:
     """The order of the optimisers that both have."""
-    metric = workload.workload.metric
-    ours = {row.optimizer.label: row.leading for row in workload.summary.rows if row.best is not None}
+    ours = {
+        row.optimizer.label: told.mean
+        for row in workload.summary.rows
+        if row.best is not None and (told := workload.comparable(row.leading)) is not None
+    }
     means = {
         label: known.mean
         for label, known in workload.published.items()
@@ -244,9 +354,9 @@ def _orders(workload: Reproduced) -> Iterator[str]:
     }
     if len(means) < 2:
         return
-    sign = -1 if metric.higher_is_better else 1
+    sign = -1 if workload.stated.higher_is_better else 1
     paper = sorted(means, key=lambda label: sign * means[label])
-    here = sorted(means, key=lambda label: ours[label].rank())
+    here = sorted(means, key=lambda label: sign * ours[label])
     same = "the same order" if paper == here else "another order"
     yield f"From best to worst in the paper: {', '.join(paper)}; here: {', '.join(here)} ({same})."
 
@@ -276,10 +386,18 @@ def markdown(reproduction: Reproduction) -> str:
     pieces.append(markdown_table(overview(reproduction)))
     for part in reproduction.parts:
         pieces.append(f"## {escaped(part.name)}: {escaped(part.summary)}")
-        pieces.append(f"{escaped(part.source)}." + (f" {escaped(_absence(part))}" if _absence(part) else ""))
+        told = [f"{part.source}.", _absence(part), _seeds(part)]
+        pieces.append(" ".join(escaped(words) for words in told if words))
+        if part.workloads and part.seen:
+            pieces.append(escaped(_seen(part)[0]))
+        if part.swept:
+            pieces.append(markdown_table(over_sweep(part)))
+            pieces.append("\n".join(f"- {escaped(line)}" for line in sweep_remarks(part)))
+            continue
         for workload in part.workloads:
             pieces.append(markdown_table(beside(workload)))
-            pieces.append("\n".join(f"- {escaped(line)}" for line in remarks(workload)))
+            lines = [*remarks(workload), *_steps(workload)]
+            pieces.append("\n".join(f"- {escaped(line)}" for line in lines))
     return "\n\n".join(piece for piece in pieces if piece) + "\n"
 
 
@@ -287,6 +405,15 @@ def _absence(part: Part) -> str:
     if part.refused:
         return f"Not trained here: {part.refused}"
     return "" if part.workloads else "Not trained yet."
+
+
+def _seeds(part: Part) -> str:
+    """Which seeds were asked for, and which of them try all rates."""
+    if part.comparison is None:
+        return ""
+    seeds, tuning = part.comparison.seeds, part.comparison.tuning_seeds
+    told = f"Seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"Seed {seeds[0]}"
+    return f"{told}, all rates on {', '.join(map(str, tuning))}." if tuning else f"{told}."
 
 
 def page(reproduction: Reproduction, program: str) -> str:
@@ -323,19 +450,33 @@ def _looks(reproduction: Reproduction) -> dict[str, Style]:
 
 def _body(part: Part, looks: dict[str, Style], specs: list[dict[str, Any]]) -> Iterable[str]:
     whole = f' <a href="{quote(part.name)}/{PAGE}">All of it.</a>' if part.workloads else ""
-    yield f'<p class="soft">{escape(part.name)}: {escape(part.source)}. {escape(_absence(part))}{whole}</p>'
+    told = f"{part.name}: {part.source}. {_absence(part)} {_seeds(part)}"
+    yield f'<p class="soft">{escape(told)}{whole}</p>'
+    if part.workloads:
+        yield "".join(f"<p>{escape(line)}</p>" for line in _seen(part))
+    if part.swept:
+        yield html.table(over_sweep(part))
+        lines = "".join(f"<li>{escape(line)}</li>" for line in sweep_remarks(part))
+        yield f'<ul class="notes">{lines}</ul>'
+        for figure in (*over_options(part.summaries, looks), *steps_over_options(part.summaries)):
+            yield html.figure(figure, specs, f"{part.name}/{html.FIGURES}")
+        return
     for workload in part.workloads:
         yield html.table(beside(workload), subject=True)
-        lines = "".join(f"<li>{escape(line)}</li>" for line in remarks(workload))
+        lines = "".join(f"<li>{escape(line)}</li>" for line in (*remarks(workload), *_steps(workload)))
         yield f'<ul class="notes">{lines}</ul>'
         for figure in _figures(workload.summary, looks):
             yield html.figure(figure, specs, f"{part.name}/{html.FIGURES}")
 
 
 def _figures(summary: Summary, looks: dict[str, Style]) -> Iterator[Figure]:
-    """Curves and, where several rates were tried, the metric over the rate."""
-    if (curves := learning_curves(summary, looks, best=True)) is not None:
-        yield curves
+    """Curves, step sizes, relative updates and, where several rates were tried, the metric over the rate."""
     several = any(len(row.cells) > 1 for row in summary.rows)
-    if several and (rates := sensitivity(summary, looks)) is not None:
-        yield rates
+    drawn = [
+        learning_curves(summary, looks, best=True),
+        automatic_steps(summary, looks),
+        relative_updates(summary, looks),
+        sensitivity(summary, looks) if several else None,
+        over_rates(summary, looks),
+    ]
+    yield from (figure for figure in drawn if figure is not None)

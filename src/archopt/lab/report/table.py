@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from archopt.lab.markdown import escaped
 from archopt.lab.report import text
 from archopt.lab.report.load import AVERAGE, Comparison, Run
 from archopt.lab.report.statistics import TARGET_SHARE, Cell, Reached, Row, Summary
@@ -367,14 +368,6 @@ def markdown_table(table: Table) -> str:
 
 def _markdown_row(names: Iterable[str]) -> str:
     return f"| {' | '.join(map(escaped, names))} |"
-
-
-def escaped(words: str) -> str:
-    """Free text, with the characters that Markdown and HTML would take as their own made harmless."""
-    words = " ".join(words.split()).replace("&", "&amp;").replace("<", "&lt;")
-    for character in "\\`*_[]|":
-        words = words.replace(character, f"\\{character}")
-    return words
 
 
 # ------------------------------------------------------------------------------------------------------------ JSON

@@ -1,6 +1,7 @@
 """How numbers are written, in one place for the terminal, the page and the pictures."""
 
 import math
+import re
 
 from archopt.lab.report.load import Metric
 from archopt.lab.report.statistics import Cell, Reached, Spread
@@ -11,6 +12,11 @@ NONE = "–"
 
 def rate(lr: float | None) -> str:
     return NONE if lr is None else f"{lr:.3g}"
+
+
+def file_name(words: str) -> str:
+    """Words as files may be called."""
+    return re.sub(r"[^\w.+=-]+", "-", words).strip("-.")
 
 
 def setting(label: str, lr: float | None) -> str:

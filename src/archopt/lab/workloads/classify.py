@@ -44,6 +44,7 @@ from archopt.lab.models.deep_resnet import DeepResNet
 from archopt.lab.models.dense import MLP, RELU_GAIN
 from archopt.lab.models.preact_resnet import PreActResNet
 from archopt.lab.optimizers import ENTRIES
+from archopt.lab.pictures import Part
 from archopt.lab.workload import Metric
 from archopt.lab.workloads.supervised import (
     HeldRows,
@@ -69,6 +70,7 @@ class Classify(HeldRows):
     metric = Metric("test_accuracy", "test accuracy", higher_is_better=True, unit="%")
     default_optimizer = "agd-paper"
     default_preset = "paper"
+    divisible = True
     presets = {
         "paper": {},
         "small": {"epochs": 20, "train_images": 10_000, "test_images": 2_000, "channels": 8, "size": 64},
@@ -208,11 +210,12 @@ class Classify(HeldRows):
         if self.set.reads_ahead and step + 1 < self.steps:
             following, _ = super().batch(step + 1, seed)
         generator = torch.Generator().manual_seed(seeds.mix(seed, step, seeds.BATCH))
-        return self.set.training(rows, generator, following), targets
+        part = Part(self.share.part(whole := self.rows_of_step(step)), whole)
+        return self.set.training(rows, generator, following, part), targets
 
-    def weight(self, batch: tuple[Tensor, Tensor]) -> float:
+    def weight(self, step: int) -> float:
         """The rows of a batch, so that means are exact over an epoch whose last batch is smaller."""
-        return float(len(batch[1]))
+        return float(self.rows_of_step(step))
 
     # -- losses --------------------------------------------------------------------------------------------
 
@@ -227,15 +230,16 @@ class Classify(HeldRows):
 
     def evaluate(self, models: dict[str, nn.Module]) -> dict[str, float]:
         """`test_loss` and `test_accuracy` over the whole test set."""
-        loss, (share,) = score(models["model"], self._testing(), summed=self._summed)
-        return {"test_loss": loss, "test_accuracy": share}
+        loss, (right,) = score(models["model"], self._testing(), summed=self._summed, share=self.share)
+        return {"test_loss": loss, "test_accuracy": right}
 
     def _testing(self) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = torch.split(self.test_inputs, self.test_bs)
-        for rows, targets, following in zip(
-            parts, torch.split(self.test_targets, self.test_bs), (*parts[1:], None)
-        ):
-            yield self.set.testing(rows, following), targets
+        """This process's batches."""
+        parts, targets = (
+            self.share.deal(torch.split(held, self.test_bs)) for held in (self.test_inputs, self.test_targets)
+        )
+        for rows, wanted, following in zip(parts, targets, (*parts[1:], None)):
+            yield self.set.testing(rows, following), wanted
 
 
 def summed_squares(outputs: Tensor, targets: Tensor) -> Tensor:

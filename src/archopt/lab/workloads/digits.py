@@ -36,6 +36,7 @@ class Digits(Supervised):
     summary = "1,797 handwritten digits of 8 x 8 pixels, MLPs of 3 and 16 layers, CNN; ships with the package"
     metric = Metric("test_accuracy", "test accuracy", higher_is_better=True, unit="%")
     presets = {"paper": {}, "small": {}, "smoke": {"epochs": 2}}
+    divisible = True
     lrs = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
     epochs: int = 30

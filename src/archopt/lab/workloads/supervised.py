@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from archopt.lab.share import ALONE, Share
 from archopt.lab.workload import Workload
 
 EVALUATION_ROWS = 1000  # rows scored at once in `evaluate`; bounds its memory, does not change its result
@@ -37,9 +38,9 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits.argmax(1) == targets).float().mean()
 
 
-def by_rows(inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows for `score`, as many at once as an evaluation takes."""
-    return zip(torch.split(inputs, EVALUATION_ROWS), torch.split(targets, EVALUATION_ROWS))
+def by_rows(inputs: Tensor, targets: Tensor, share: Share = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+    """A process's share of rows for `score`, as many at once as an evaluation takes."""
+    return zip(*(share.deal(torch.split(part, EVALUATION_ROWS)) for part in (inputs, targets)))
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -52,21 +53,24 @@ def score(
     batches: Iterable[tuple[Tensor, Tensor]],
     ranks: Sequence[int] = (1,),
     summed: Callable[[Tensor, Tensor], Tensor] = summed_cross_entropy,
+    share: Share = ALONE,
 ) -> tuple[float, list[float]]:
     """Mean loss over all rows and, for each k of `ranks`, the share with the target among the k largest.
 
     summed: the loss of some rows together, given logits and targets.
+    share: whose rows these are; the means are over those of all processes.
     Where logits are not finite neither is a share: the largest of them would mean nothing.
     """
-    rows, loss, correct = 0, torch.zeros(()), [torch.zeros(()) for _ in ranks]
+    scored, loss, correct = 0, torch.zeros(()), [torch.zeros(()) for _ in ranks]
     for inputs, targets in batches:
         logits = model(inputs).float()
         loss = loss + summed(logits, targets).cpu()
         for place, k in enumerate(ranks):
             correct[place] = correct[place] + among_largest(logits, targets, k).sum().cpu()
-        rows += len(targets)
-    mean = float(loss) / rows
-    return mean, [float(count) / rows if math.isfinite(mean) else math.nan for count in correct]
+        scored += len(targets)
+    rows, total, *counts = share.sum([scored, float(loss), *map(float, correct)])
+    mean = total / rows
+    return mean, [count / rows if math.isfinite(mean) else math.nan for count in counts]
 
 
 def among_largest(logits: Tensor, targets: Tensor, k: int) -> Tensor:
@@ -121,12 +125,19 @@ class HeldRows(Workload):
     def steps_per_epoch(self) -> int:
         return -(-len(self.train_inputs) // self.batch_rows)
 
+    def rows_of_step(self, step: int) -> int:
+        """Rows of the batch of a step, of all processes together."""
+        before = step % self.steps_per_epoch * self.batch_rows
+        return min(self.batch_rows, len(self.train_inputs) - before)
+
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
+        """This process's part of the batch."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != (seed, epoch):
             order = epoch_order(len(self.train_inputs), seed, epoch).to(self.train_inputs.device)
             self._order = (seed, epoch), order
         rows = self._order[1][index * self.batch_rows : (index + 1) * self.batch_rows]
+        rows = rows[self.share.part(self.rows_of_step(step))]
         return self.train_inputs.index_select(0, rows), self.train_targets.index_select(0, rows)
 
 
@@ -165,5 +176,6 @@ class Supervised(HeldRows):
 
     def evaluate(self, models: dict[str, nn.Module]) -> dict[str, float]:
         """Mean cross-entropy and accuracy over the whole test set: `test_loss`, `test_accuracy`."""
-        loss, (share,) = score(models["model"], by_rows(self.test_inputs, self.test_targets))
-        return {"test_loss": loss, "test_accuracy": share}
+        batches = by_rows(self.test_inputs, self.test_targets, self.share)
+        loss, (right,) = score(models["model"], batches, share=self.share)
+        return {"test_loss": loss, "test_accuracy": right}
