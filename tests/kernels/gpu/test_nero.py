@@ -208,16 +208,8 @@ def test_every_layout_follows_the_plain_form(
 
 def many(device: str, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     """Tensors for each way that the kernel works."""
-    shapes: list[tuple[int, ...]] = [
-        (70, 100),
-        (3, 9001),
-        (5, 9000),
-        (4, 4096),
-        (40, 7),
-        (1500,),
-        (),
-        (8, 3, 3, 3),
-    ]
+    # The interpreter takes a while for long rows: one whose memory is aligned, one whose is not.
+    shapes: list[tuple[int, ...]] = [(20, 100), (1, 2053), (1, 8196), (9, 7), (1500,), (), (4, 3, 3, 3)]
     return [nn.Parameter(placed(random(*s, seed=i, dtype=dtype), device)) for i, s in enumerate(shapes)]
 
 
@@ -262,7 +254,7 @@ def test_a_step_is_the_same_to_the_bit_every_time(device: str) -> None:
 # -- what must not move ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(6, 20), (6, 9000), (6,)], ids=["tiles", "long rows", "entries"])
+@pytest.mark.parametrize("shape", [(6, 20), (6, 2053), (6,)], ids=["tiles", "long rows", "entries"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
 def test_rows_that_are_not_finite_are_left_alone_and_counted(shape: tuple[int, ...], bad: float, device: str):
     param = nn.Parameter(placed(random(*shape), device))
@@ -350,7 +342,7 @@ def test_nothing_is_prepared_again_where_nothing_moved(device: str, monkeypatch:
     optimizer.step()
     assert len(prepared) == 3
     # The same memory, seen as something else.
-    params[0].data, params[0].grad = params[0].data.view(100, 70).t(), params[0].grad.view(100, 70).t()
+    params[0].data, params[0].grad = params[0].data.view(100, 20).t(), params[0].grad.view(100, 20).t()
     optimizer.step()
     assert len(prepared) == 4
 
@@ -449,7 +441,7 @@ def rounded(value: float, shape: tuple[int, ...], device: str, steps: int = 1, o
 
 
 @pytest.mark.parametrize("part", [0.5, 0.1, 0.9])
-@pytest.mark.parametrize("shape", [(50, 64), (2, 8200), (4000,)], ids=["tiles", "long rows", "entries"])
+@pytest.mark.parametrize("shape", [(50, 64), (2, 2053), (4000,)], ids=["tiles", "long rows", "entries"])
 def test_random_rounding_is_right_on_average(part: float, shape: tuple[int, ...], device: str) -> None:
     """Between two neighbours, the upper one as often as the distance says: over entries, and over steps."""
     low = 1 - 2.0**-8  # bfloat16's neighbour of 1 below
