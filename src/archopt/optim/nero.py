@@ -34,7 +34,7 @@ from archopt.optim.base import (
     statistics_like,
     takes_foreach,
 )
-from archopt.optim.nero_fused import fused_nero, served, unserved
+from archopt.optim.nero_fused import Kept, fused_nero, served, unserved
 from archopt.roles import Role, group_by_treatment, parameter_roles
 
 DEFAULT_LR = 0.01  # 2102.07227, section 5: the one value that the paper uses out of the box
@@ -93,6 +93,8 @@ class Nero(ArchOptimizer):
         fused: one call of a kernel for all tensors (`archopt.kernels.status`; CPU alone so far). None, with
             foreach=None, takes it for every tensor that it serves. True refuses the others, with the reason.
         capturable: keep the step counts on the device, for CUDA graphs.
+        stochastic_rounding: round bfloat16 weights up or down at random, right on average, so that steps smaller
+            than half a digit are not lost. By a kernel alone; refused, at the step, where none serves.
 
     Constructing Nero projects the weights that it constrains (rows that are balanced already keep their bits).
 
@@ -129,6 +131,7 @@ class Nero(ArchOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         if isinstance(params, nn.Module):
             params = module_groups(params, roles)
@@ -145,8 +148,14 @@ class Nero(ArchOptimizer):
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
+            "stochastic_rounding": stochastic_rounding,
         }
+        self._kept = Kept()
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._kept = Kept()  # what was found for the tensors of another optimizer is of no use
 
     def mean_turn(self) -> dict[str, Tensor]:
         """Mean turn of the last step in radians, by role (by group where no roles are known), as 0-d tensors."""
@@ -163,7 +172,7 @@ class Nero(ArchOptimizer):
         check_range("Nero", "lr", group["lr"], low=0.0)
         check_range("Nero", "beta", group["beta"], low=0.0, high=1.0)
         check_range("Nero", "channel_groups", group["channel_groups"], low=1)
-        check_flags("Nero", group, "zero_mean", "unit_norm")
+        check_flags("Nero", group, "zero_mean", "unit_norm", "stochastic_rounding")
         check_forms("Nero", group, has_fused=True)
         for item in group["params"]:
             param = item[1] if isinstance(item, tuple) else item
@@ -195,24 +204,27 @@ class Nero(ArchOptimizer):
     def _create_state(self) -> None:
         for group in self.param_groups:
             for param in self._trainable(group):
-                if not self.state[param] and param.grad is not None:
-                    # Weights that were frozen at construction, or loaded after it, are not balanced yet.
-                    _project(param, group, only=param.grad)
-        super()._create_state()
+                if not (state := self.state[param]):
+                    if param.grad is not None:
+                        # Weights that were frozen at construction, or loaded after it, are not balanced yet.
+                        _project(param, group, only=param.grad)
+                    state.update(self._init_state(param, group))
 
     def _update(self) -> None:
         work = []
+        number = 0
         for group in self.param_groups:  # all of them first: a refusal must come before anything moves
             params = [p for p in self._trainable(group) if p.grad is not None]
             states = [self.state[p] for p in params]
-            work.append((group, params, states, served(params, states, group)))
-        for group, params, states, for_kernel in work:
-            if params:
-                torch._foreach_add_([state["step"] for state in states], 1)
-            fused_nero([tensor for tensor in for_kernel if tensor is not None], group)
-            rest = [i for i, tensor in enumerate(for_kernel) if tensor is None]
-            form = _foreach_nero if takes_foreach(group) else _single_tensor_nero
-            form([params[i] for i in rest], [states[i] for i in rest], group)
+            work.append((group, params, states, served(params, states, group, number, self._kept)))
+            number += len(group["params"])
+        for group, params, states, found in work:
+            fused_nero(found, params, group)
+            if found.rest:
+                others, their_states = [params[i] for i in found.rest], [states[i] for i in found.rest]
+                torch._foreach_add_([state["step"] for state in their_states], 1)
+                form = _foreach_nero if takes_foreach(group) else _single_tensor_nero
+                form(others, their_states, group)
 
 
 def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
