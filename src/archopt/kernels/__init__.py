@@ -4,7 +4,7 @@
 None takes a kernel for every tensor that one can serve and another form for the rest; True refuses what cannot be
 served, with the reason; False takes none.
 
-    cpu     Nero on the CPU: a small library of C, built with the package where a C compiler was present
+    cpu     Nero and AGD on the CPU: a small library of C, built with the package where a C compiler was present
 """
 
 from archopt.kernels.cpu import Status
