@@ -105,8 +105,9 @@ def _prepared(
         layout = _layout(param, state, group)
         if not isinstance(layout, str):
             positions.append(i)
+            v, scale, step, turn, skipped = (state[name] for name in STATE)
             tensors.append(
-                cpu_nero.NeroTensor(param, *(state[name] for name in STATE), layout, numbers[id(param)])
+                cpu_nero.NeroTensor(param, v, scale, step, turn, skipped, layout, numbers[id(param)])
             )
         elif group["fused"]:
             refuse("Nero", param, layout)
