@@ -7,7 +7,15 @@ import torch
 from torch.optim import lr_scheduler
 
 import archopt
-from configurations import AUTONERO_REFUSES, BY_LABEL, CONFIGURATIONS, FUSED_REFUSES, NERO, VECTORS_ALONE
+from configurations import (
+    AGD,
+    AUTONERO_REFUSES,
+    BY_LABEL,
+    CONFIGURATIONS,
+    FUSED_REFUSES,
+    NERO,
+    VECTORS_ALONE,
+)
 from contract.behaviours import BEHAVIOURS
 from contract.behaviours.calling import SCHEDULERS
 from contract.cases import FAMILIES, case_of, is_quick
@@ -68,9 +76,7 @@ def test_our_rules_keep_every_promise_but_those_of_their_mathematics():
     assert ours == {
         # fused=True is asked for, and says what it cannot do; fused=None, the default, breaks nothing.
         **{configuration.label: {*FUSED_REFUSES} for configuration in NERO},
-        "agd": {"state_of_another_model_is_refused"},
-        "agd-gain10": {"state_of_another_model_is_refused"},
-        "agd-module": {"state_of_another_model_is_refused"},
+        **{c.label: {*FUSED_REFUSES, "state_of_another_model_is_refused"} for c in AGD},
         "autonero": {*VECTORS_ALONE, *AUTONERO_REFUSES},
         # A movement in bfloat16 is what that one is asked for.
         "autonero-bfloat16-movement": {

@@ -360,7 +360,9 @@ def test_none_takes_the_kernel_for_what_it_serves_and_another_form_for_the_rest(
     served = []
     call = cpu_nero.nero
     monkeypatch.setattr(
-        cpu_nero, "nero", lambda tensors, **options: (served.extend(tensors), call(tensors, **options))
+        cpu_nero,
+        "nero",
+        lambda table, grads, **options: (served.extend(table.weights), call(table, grads, **options)),
     )
     plain, gaps = nn.Parameter(random(4, 3)), nn.Parameter(random(4, 6)[:, ::2])
     optimizer = Nero([plain, gaps])
@@ -368,13 +370,41 @@ def test_none_takes_the_kernel_for_what_it_serves_and_another_form_for_the_rest(
     for param in (plain, gaps):
         param.grad = torch.ones_like(param) * random(4, 3)
     optimizer.step()
-    assert [tensor.weight for tensor in served] == [plain]
+    assert len(served) == 1
+    assert served[0] is plain
     assert all(not torch.equal(a, b) for a, b in zip(before, (plain, gaps), strict=True))
     for options in ({"fused": False}, {"foreach": True}, {"foreach": False}):
         served.clear()
         optimizer.param_groups[0].update({"fused": None, "foreach": None} | options)
         optimizer.step()
         assert not served, options
+
+
+@with_kernel
+def test_what_was_prepared_is_prepared_again_where_tensors_lie_elsewhere() -> None:
+    """Weights or state that were replaced, gradients that moved or are laid out otherwise, other groups."""
+    ours, plain = [[nn.Parameter(random(6, 8, seed=i)) for i in range(3)] for _ in range(2)]
+    optimizer, other = Nero(ours), Nero(plain, foreach=False)
+    for t in range(6):
+        for params, opt in ((ours, optimizer), (plain, other)):
+            for i, param in enumerate(params):
+                param.grad = random(6, 8, seed=10 * t + i)  # elsewhere each time
+            if t == 1:
+                params[0].data = params[0].detach().clone()
+            if t == 2:
+                opt.state[params[1]]["exp_avg_sq"] = opt.state[params[1]]["exp_avg_sq"].clone()
+            if t == 3:
+                opt.state[params[2]]["scale"].data = torch.full((), 2.0)
+            if t == 4:
+                params[1].grad = random(8, 6, seed=t).t()
+            if t == 5:
+                params[0].data = params[0].detach().t().contiguous().t()
+                opt.param_groups[0]["neuron_dim"] = 1
+                for p in params:
+                    opt.state[p]["exp_avg_sq"] = torch.zeros(1, 8)
+            opt.step()
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_two_forms_at_once_are_refused() -> None:

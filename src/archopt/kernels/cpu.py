@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-INTERFACE = 2  # of the library; native/shared.h has the same number
+INTERFACE = 3  # of the library; native/shared.h has the same number
 BUILD = (
     "install archopt again with gcc or clang at hand (pip's --force-reinstall --no-cache-dir --no-deps), or run "
     "python setup.py build_ext --inplace in a clone"

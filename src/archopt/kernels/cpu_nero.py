@@ -18,43 +18,61 @@ ARGUMENTS = (
     ctypes.c_int32,  # zero_mean
     ctypes.c_int32,  # unit_norm
     ctypes.c_int32,  # maximize
+    ctypes.c_int32,  # stochastic_rounding
 )
 
 
 class NeroTensor(NamedTuple):
-    """A weight with its gradient and Nero's state, all on the CPU, as the kernel wants them."""
+    """A weight with Nero's state, all on the CPU, as the kernel wants them."""
 
     weight: Tensor
-    grad: Tensor
     exp_avg_sq: Tensor
     scale: Tensor
     step: Tensor
     turn: Tensor
     skipped: Tensor
     layout: Layout
+    number: int  # of the weight in its optimizer: with the step count, the key of its random numbers
+
+
+class NeroTable:
+    """What the kernel reads of tensors that lie where they did: made once, but for the places of gradients."""
+
+    WORDS = 13  # of a tensor; its gradient is the second
+
+    def __init__(self, tensors: Sequence[NeroTensor]) -> None:
+        self.weights = [tensor.weight for tensor in tensors]
+        self._state = [tensor[1:6] for tensor in tensors]  # whose memory the table names
+        self._words = array("q")
+        for weight, *state, layout, number in tensors:
+            pointers = [weight.data_ptr(), 0, *(tensor.data_ptr() for tensor in state)]
+            self._words.extend((*pointers, FORMATS[weight.dtype], *layout, number))
+
+    def place(self, grads: Sequence[Tensor]) -> int:
+        """Where the table is, for these gradients of its weights."""
+        self._words[1 :: self.WORDS] = array("q", map(Tensor.data_ptr, grads))
+        return self._words.buffer_info()[0]
 
 
 def nero(
-    tensors: Sequence[NeroTensor],
+    table: NeroTable,
+    grads: Sequence[Tensor],
     *,
     lr: float,
     beta: float,
     zero_mean: bool,
     unit_norm: bool,
     maximize: bool,
+    stochastic_rounding: bool,
 ) -> None:
-    """Nero's step for all tensors, in place; `step` is advanced already.
+    """Nero's step for all tensors, in place; it advances their step counts too.
+
+    stochastic_rounding: bfloat16 weights become one of their two neighbours, right on average. The random numbers
+    are a function of the tensor's number, the step count, the neuron and the entry (native/random.h).
 
     Raises RuntimeError where the library is not there (see `cpu.status`) and MemoryError.
     """
-    table = array("q")
-    for t in tensors:
-        pointers = (t.weight, t.grad, t.exp_avg_sq, t.scale, t.step, t.turn, t.skipped)
-        table.extend([tensor.data_ptr() for tensor in pointers])
-        table.append(FORMATS[t.weight.dtype])
-        table.extend(t.layout)
-    where = table.buffer_info()[0]
-    options = (lr, beta, zero_mean, unit_norm, maximize)
-    if call("archopt_nero", ARGUMENTS, where, len(tensors), *options):
-        raise MemoryError(f"no memory for the table of {len(tensors)} tensors; nothing moved")
-    torch.autograd.graph.increment_version([t.weight for t in tensors])
+    options = (lr, beta, zero_mean, unit_norm, maximize, stochastic_rounding)
+    if call("archopt_nero", ARGUMENTS, table.place(grads), len(grads), *options):
+        raise MemoryError(f"no memory for the table of {len(grads)} tensors; nothing moved")
+    torch.autograd.graph.increment_version(table.weights)

@@ -37,7 +37,7 @@ from archopt.optim.base import (
     statistics_like,
     takes_foreach,
 )
-from archopt.optim.nero_fused import fused_nero, served, unserved
+from archopt.optim.nero_fused import Kept, check_rounding, fused_nero, served, unserved
 from archopt.roles import Role, group_by_treatment, parameter_roles
 
 DEFAULT_LR = 0.01  # 2102.07227, section 5: the one value that the paper uses out of the box
@@ -155,11 +155,13 @@ class Nero(ArchOptimizer):
             "stochastic_rounding": stochastic_rounding,
         }
         self._plans: defaultdict[int, gpu.Plans] = defaultdict(gpu.Plans)  # by group
+        self._kept = Kept()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = defaultdict(gpu.Plans)  # what was prepared for another optimizer's tensors is of no use
+        self._kept = Kept()  # what was found for the tensors of another optimizer is of no use
 
     def mean_turn(self) -> dict[str, Tensor]:
         """Mean turn of the last step in radians, by role (by group where no roles are known), as 0-d tensors."""
@@ -208,31 +210,32 @@ class Nero(ArchOptimizer):
     def _create_state(self) -> None:
         for group in self.param_groups:
             for param in self._trainable(group):
-                if not self.state[param] and param.grad is not None:
-                    # Weights that were frozen at construction, or loaded after it, are not balanced yet.
-                    _project(param, group, only=param.grad)
-        super()._create_state()
+                if not (state := self.state[param]):
+                    if param.grad is not None:
+                        # Weights that were frozen at construction, or loaded after it, are not balanced yet.
+                        _project(param, group, only=param.grad)
+                    state.update(self._init_state(param, group))
 
     def _update(self) -> None:
-        work = []
+        work: list[Any] = []
         number = 0
         for group in self.param_groups:  # all of them first: a refusal must come before anything moves
             params = [p for p in self._trainable(group) if p.grad is not None]
             states = [self.state[p] for p in params]
             on_gpu = nero_gpu.served(params, states, group, self._plans[len(work)], number)
             others, their_states = [params[i] for i in on_gpu.rest], [states[i] for i in on_gpu.rest]
-            nero_gpu.check_rounding(others, group)
-            work.append((group, params, on_gpu, others, their_states, served(others, their_states, group)))
+            found = served(others, their_states, group, number, self._kept)
+            rest = [others[i] for i in found.rest]
+            check_rounding(params, rest, group)
+            work.append((group, params, on_gpu, others, found, rest, [their_states[i] for i in found.rest]))
             number += len(group["params"])
-        for group, params, on_gpu, others, states, for_kernel in work:
+        for group, params, on_gpu, others, found, rest, states in work:
             nero_gpu.gpu_nero(on_gpu, params, group)
-            if not others:
-                continue
-            torch._foreach_add_([state["step"] for state in states], 1)
-            fused_nero([tensor for tensor in for_kernel if tensor is not None], group)
-            rest = [i for i, tensor in enumerate(for_kernel) if tensor is None]
-            form = _foreach_nero if takes_foreach(group) else _single_tensor_nero
-            form([others[i] for i in rest], [states[i] for i in rest], group)
+            fused_nero(found, others, group)
+            if rest:
+                torch._foreach_add_([state["step"] for state in states], 1)
+                form = _foreach_nero if takes_foreach(group) else _single_tensor_nero
+                form(rest, states, group)
 
 
 def _dims(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:

@@ -83,18 +83,6 @@ def unserved(param: Tensor, group: dict[str, Any]) -> None:
         refuse("Nero", param, reason)
 
 
-def check_rounding(others: list[Tensor], group: dict[str, Any]) -> None:
-    """Raises ValueError where stochastic rounding is asked for and another form than the kernel's has to serve."""
-    if group["stochastic_rounding"]:
-        for param in others:
-            if param.dtype == torch.bfloat16:
-                raise ValueError(
-                    "Nero: stochastic_rounding=True cannot be honoured for a weight of shape "
-                    f"{tuple(param.shape)}, which no GPU kernel serves; use fused=True to see why, or "
-                    "stochastic_rounding=False"
-                )
-
-
 def gpu_nero(found: Served, params: list[Tensor], group: dict[str, Any]) -> None:
     """The step of all weights that the kernel serves; it advances their step counts too."""
     if not found.launches:

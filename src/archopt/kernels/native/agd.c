@@ -5,11 +5,11 @@
    neighbouring entries. A matrix is one part and one long run; the taps of a convolution are parts that lie
    interleaved, in runs of one entry or, channels-last, of all input channels.
 
-   Four streams of memory: g; then w, g and w again. The second call goes through the tensors backwards, so that the
-   gradients that the first call read last are still in cache.
+   Four streams of memory: g; then w, g and w again.
 
-   Squares are summed in double precision, where those of narrower formats neither overflow nor vanish. Float64 parts
-   whose sum of squares does are measured again relative to their largest entry.
+   Squares are summed over few entries in the format's own arithmetic and then in double precision. Where such a sum
+   is so small or large that squares vanish or overflow, it is formed again in double precision, in which those of
+   narrower formats do neither; a float64 part is then measured relative to its largest entry.
 
    The result depends on neither the number of threads nor the instruction set. The caller
    (archopt/kernels/cpu_agd.py) has checked types, layouts and devices. */
@@ -37,7 +37,14 @@ typedef struct {
   double size, scale;
 } Norm;
 
-enum { STRIP = 256, SHORT_RUN = 32 }; /* interleaved entries that are worked on side by side; runs shorter than this */
+enum { STRIP = 512, SHORT_RUN = 32 }; /* interleaved entries that are worked on side by side; runs shorter than this */
+enum { STEPS = 64 };                  /* over so many of them a sum is narrow */
+enum { UNITS = 4 };                   /* units that are one of interleaved entries, whose start costs more */
+
+enum { LINE = 64, AHEAD = 4096 };     /* bytes of a cache line, and how far ahead gradients are asked for */
+
+/* A narrow sum between these has lost nothing that matters: squares that vanish in float32 are below 1e-45. */
+static const double LEAST_SQUARE = 1e-30, MOST_SQUARE = 1e37;
 
 /* How a tensor is cut into units: so many rows of so many runs each, or a piece of one run. */
 typedef struct {
@@ -61,7 +68,8 @@ static Grid grid_of(const Tensor *t) {
   Grid grid;
   grid.run = smaller(t->run, UNIT);
   grid.rows = smaller(t->rows, at_least_one((interleaved(t) ? STRIP : UNIT) / grid.run));
-  grid.spread = smaller(t->spread, at_least_one(UNIT / (grid.rows * grid.run)));
+  int64_t unit = interleaved(t) ? UNITS * UNIT : UNIT;
+  grid.spread = smaller(t->spread, at_least_one(unit / (grid.rows * grid.run)));
   grid.row_pieces = ceiling(t->rows, grid.rows);
   grid.spread_pieces = ceiling(t->spread, grid.spread);
   grid.run_pieces = ceiling(t->run, grid.run);
@@ -94,7 +102,9 @@ typedef struct {
 static Walk walk_of(const Tensor *t, const Piece *piece) {
   int64_t cells = piece->rows * t->run;
   if (piece->rows < t->rows) return (Walk){cells, cells, t->rows * t->run, piece->spread, piece->spread * cells};
-  int64_t width = cells * at_least_one(STRIP / cells), total = piece->spread * cells;
+  int64_t many = at_least_one(STRIP / cells);
+  int64_t width = cells * (many - (many > LANES_BYTES / 4 ? many % (LANES_BYTES / 4) : 0)); /* whole cache lines */
+  int64_t total = piece->spread * cells;
   return (Walk){cells, width, width, ceiling(total, width), total};
 }
 
@@ -123,7 +133,6 @@ typedef struct {
   const double *distances;
   const Norm *norms;
   double *slots; /* sums of squares: one a unit and row of it */
-  int64_t last;  /* tensor */
   int set;
 } Job;
 
@@ -182,17 +191,13 @@ static double sum_up(const Tensor *t, const Grid *grid, const double *slots, Nor
   return total;
 }
 
-static int64_t items_of(const Tensor *t, const Grid *grid) {
-  return t->batches * grid->spread_pieces * grid->row_pieces * grid->run_pieces;
-}
-
 /* Cuts all tensors into units; returns how many slots they need. */
-static int64_t plan_all(const Tensor *tensors, int64_t count, int backwards, Grid *grids, Plan *plans) {
+static int64_t plan_all(const Tensor *tensors, int64_t count, Grid *grids, Plan *plans) {
   int64_t slots = 0, norms = 0;
   for (int64_t i = 0; i < count; i++) {
     grids[i] = grid_of(&tensors[i]);
-    int64_t items = items_of(&tensors[i], &grids[i]);
-    plans[backwards ? count - 1 - i : i] = (Plan){items, 1, 0};
+    int64_t items = tensors[i].batches * grids[i].spread_pieces * grids[i].row_pieces * grids[i].run_pieces;
+    plans[i] = (Plan){items, 1, 0};
     grids[i].slot = slots;
     grids[i].norm = norms;
     slots += items * grids[i].rows;
@@ -210,9 +215,9 @@ EXPORT int32_t archopt_agd_measure(const Tensor *tensors, int64_t count, const d
   Plan *plans = malloc((size_t)at_least_one(count) * sizeof *plans);
   double *slots = NULL;
   if (grids && plans) {
-    slots = malloc((size_t)at_least_one(plan_all(tensors, count, 0, grids, plans)) * sizeof *slots);
+    slots = malloc((size_t)at_least_one(plan_all(tensors, count, grids, plans)) * sizeof *slots);
     if (slots) {
-      Job job = {tensors, grids, NULL, norms, slots, count - 1, set};
+      Job job = {tensors, grids, NULL, norms, slots, set};
       share_out(measure_unit, &job, plans, count, number_units(plans, count), threads, parallel);
       *sum = 0;
       for (int64_t i = 0; i < count; i++) {
@@ -229,14 +234,13 @@ EXPORT int32_t archopt_agd_measure(const Tensor *tensors, int64_t count, const d
 
 /* -- the step ----------------------------------------------------------------------------------------------- */
 
-static void step_unit(const void *shared, int64_t place, int64_t begin, int64_t end, int64_t unit) {
+static void step_unit(const void *shared, int64_t tensor, int64_t begin, int64_t end, int64_t unit) {
   const Job *job = shared;
-  int64_t tensor = job->last - place;
   const Tensor *t = &job->tensors[tensor];
   const Grid *grid = &job->grids[tensor];
   (void)end;
   (void)unit;
-  STEP[job->set][t->format](t, grid, items_of(t, grid) - 1 - begin, job->norms + grid->norm, job->distances[tensor]);
+  STEP[job->set][t->format](t, grid, begin, job->norms + grid->norm, job->distances[tensor]);
 }
 
 /* Moves each part by a distance: that of its tensor, `eta` times its pace. Parts that are zero or not finite stay.
@@ -249,9 +253,9 @@ EXPORT int32_t archopt_agd_step(const Tensor *tensors, int64_t count, const doub
   double *distances = malloc((size_t)at_least_one(count) * sizeof *distances);
   int32_t failed = !grids || !plans || !distances;
   if (!failed) {
-    plan_all(tensors, count, 1, grids, plans);
+    plan_all(tensors, count, grids, plans);
     for (int64_t i = 0; i < count; i++) distances[i] = *eta * paces[i];
-    Job job = {tensors, grids, distances, norms, NULL, count - 1, set};
+    Job job = {tensors, grids, distances, norms, NULL, set};
     share_out(step_unit, &job, plans, count, number_units(plans, count), threads, parallel);
   }
   free(distances);

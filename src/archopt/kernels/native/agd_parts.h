@@ -2,39 +2,68 @@
 
 #include "lanes.h"
 
-enum {
-  FN(DOUBLES) = VECTOR_BYTES / sizeof(double),           /* in a vector */
-  FN(VECTORS) = 2 * LANES_BYTES / VECTOR_BYTES           /* of partial sums: enough to hide the time of an addition */
-};
-typedef double FN(Wide) __attribute__((vector_size(VECTOR_BYTES)));
-typedef A FN(Narrow) __attribute__((vector_size(VECTOR_BYTES / sizeof(double) * sizeof(A))));
+enum { FN(SQUARES) = 2 * FN(LANES), FN(VECTORS) = 2 * FN(PARTS) }; /* enough to hide the time of an addition */
 
-/* The sum of squares of neighbouring entries. */
-static double FN(squares)(const T *g, int64_t n) {
-  enum { SIDE_BY_SIDE = FN(DOUBLES) * FN(VECTORS) };
-  FN(Wide) sums[FN(VECTORS)] = {{0}};
-  A room[BLOCK];
-  double rest = 0;
-  for (int64_t k = 0; k < n; k += BLOCK) {
-    int64_t m = smaller(n - k, BLOCK), i = 0;
-    const A *x = FN(read)(g + k, room, m);
-    for (; i + SIDE_BY_SIDE <= m; i += SIDE_BY_SIDE) {
-      UNROLLED
-      for (int v = 0; v < FN(VECTORS); v++) {
-        FN(Narrow) narrow;
-        memcpy(&narrow, x + i + v * FN(DOUBLES), sizeof narrow);
-        FN(Wide) wide = __builtin_convertvector(narrow, FN(Wide));
-        sums[v] += wide * wide;
-      }
+/* The sum of squares of a block, in double precision. */
+static double FN(squares_again)(const A *x, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+  return sum;
+}
+
+/* The sum of squares of up to BLOCK entries; memory `ahead` is asked for on the way. Each lane adds up no more than 32 of them (64 of float64). */
+static double FN(squares_of_block)(const A *x, int64_t n, const char *ahead) {
+  FN(Vector) sums[FN(VECTORS)] = {{0}};
+  int64_t i = 0;
+  for (; i + FN(SQUARES) <= n; i += FN(SQUARES)) {
+    for (int line = 0; line < FN(SQUARES) * (int)sizeof(T); line += LINE) PREFETCH(ahead + i * sizeof(T) + line);
+    UNROLLED
+    for (int v = 0; v < FN(VECTORS); v++) {
+      FN(Vector) entries;
+      memcpy(&entries, x + i + v * (FN(SQUARES) / FN(VECTORS)), sizeof entries);
+      sums[v] += entries * entries;
     }
-    for (; i < m; i++) rest += (double)x[i] * (double)x[i];
   }
-  double lanes[SIDE_BY_SIDE];
+  A lanes[FN(SQUARES)];
   memcpy(lanes, sums, sizeof lanes);
-  for (int half = SIDE_BY_SIDE / 2; half; half /= 2) {
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  for (int half = FN(SQUARES) / 2; half; half /= 2) {
+    for (int l = 0; l < half; l++) lanes[l] += lanes[l + half];
   }
-  return lanes[0] + rest;
+  double sum = lanes[0] + FN(squares_again)(x + i, n - i);
+  return sum >= LEAST_SQUARE && sum <= MOST_SQUARE ? sum : FN(squares_again)(x, n);
+}
+
+static double FN(squares)(const T *g, int64_t n) {
+  A room[BLOCK];
+  double sum = 0;
+  for (int64_t k = 0; k < n; k += BLOCK) {
+    int64_t m = smaller(n - k, BLOCK);
+    sum += FN(squares_of_block)(FN(read)(g + k, room, m), m, (const char *)(g + k) + AHEAD);
+  }
+  return sum;
+}
+
+/* Adds the squares of interleaved entries, over up to STEPS steps of a walk, to sums side by side. */
+static void FN(squares_side_by_side)(const T *g, const Walk *walk, int64_t begin, int64_t end, double *sums) {
+  A squares[STRIP] = {0}, room[STRIP];
+  for (int64_t i = begin; i < end; i++) {
+    int64_t n = width_at(walk, i);
+    const A *restrict x = FN(read)(g + i * walk->hop, room, n);
+    const char *ahead = (const char *)(g + i * walk->hop) + AHEAD;
+    for (int64_t line = 0; line < n * (int64_t)sizeof(T); line += LINE) PREFETCH(ahead + line);
+    for (int64_t c = 0; c < n; c++) squares[c] += x[c] * x[c];
+  }
+  int sound = 1;
+  for (int64_t c = 0; c < walk->width; c++) sound &= squares[c] >= (A)LEAST_SQUARE && squares[c] <= (A)MOST_SQUARE;
+  if (sound) {
+    for (int64_t c = 0; c < walk->width; c++) sums[c] += (double)squares[c];
+    return;
+  }
+  for (int64_t i = begin; i < end; i++) {
+    int64_t n = width_at(walk, i);
+    const A *restrict x = FN(read)(g + i * walk->hop, room, n);
+    for (int64_t c = 0; c < n; c++) sums[c] += (double)x[c] * (double)x[c];
+  }
 }
 
 /* The sums of squares that one unit has of each of its rows. */
@@ -50,13 +79,14 @@ static void FN(measure)(const Tensor *t, const Grid *grid, int64_t item, double 
   }
   const Walk walk = walk_of(t, &piece);
   double side_by_side[STRIP] = {0};
-  A room[STRIP];
-  for (int64_t i = 0; i < walk.count; i++) {
-    int64_t n = width_at(&walk, i);
-    const A *restrict x = FN(read)(g + i * walk.hop, room, n);
-    for (int64_t c = 0; c < n; c++) side_by_side[c] += (double)x[c] * (double)x[c];
+  for (int64_t i = 0; i < walk.count; i += STEPS) {
+    FN(squares_side_by_side)(g, &walk, i, smaller(i + STEPS, walk.count), side_by_side);
   }
-  for (int64_t c = 0; c < walk.width; c++) sums[c % walk.cells / t->run] += side_by_side[c];
+  for (int64_t c = 0; c < walk.width;) {
+    for (int64_t r = 0; r < piece.rows; r++) {
+      for (int64_t k = 0; k < t->run; k++) sums[r] += side_by_side[c++];
+    }
+  }
 }
 
 /* How a part moves; a factor of 0 lets it rest. */
@@ -110,13 +140,14 @@ static void FN(step)(const Tensor *t, const Grid *grid, int64_t item, const Norm
   const Walk walk = walk_of(t, &piece);
   A factors[STRIP];
   int far = 0, any = 0;
-  for (int64_t c = 0; c < walk.width; c++) {
-    Move move = FN(decide)(norms[c % walk.cells / t->run], distance);
-    factors[c] = (A)move.factor;
+  for (int64_t r = 0; r < piece.rows; r++) {
+    Move move = FN(decide)(norms[r], distance);
+    for (int64_t k = 0; k < t->run; k++) factors[r * t->run + k] = (A)move.factor;
     far |= move.far;
     any |= move.factor != 0 || move.far;
   }
   if (!any) return;
+  for (int64_t c = walk.cells; c < walk.width; c++) factors[c] = factors[c - walk.cells];
   for (int64_t i = 0; i < walk.count; i++) {
     T *restrict to = w + i * walk.hop;
     const T *restrict from = g + i * walk.hop;

@@ -14,7 +14,9 @@
 #define FORMAT bfloat16
 #define FROM from_bfloat16
 #define TO to_bfloat16
+#define TO_AT_RANDOM to_bfloat16_at_random
 #include KERNEL
+#undef TO_AT_RANDOM
 #undef TO
 #undef FROM
 #undef FORMAT

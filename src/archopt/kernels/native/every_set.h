@@ -5,7 +5,7 @@
    T       what weights and gradients are stored as        FORMAT, ISA   names of the two
    A       what arithmetic is done in: float or double     WHOLE         the integer as wide as A
    EPSILON, TINY   of A                                    FROM, TO      T to A and back, where they differ
-   VECTOR_BYTES    of the instruction set
+   VECTOR_BYTES    of the instruction set                  TO_AT_RANDOM  A to bfloat16, by a counter
 
    and names what it defines FN(name). Of a function so named, BY_SET(name) is the table by set and format.
 

@@ -16,26 +16,29 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "random.h"
 #include "shared.h"
 
-/* One tensor, as cpu_nero.py writes it: twelve 64-bit words. */
+/* One tensor, as cpu_nero.py writes it: thirteen 64-bit words. */
 typedef struct {
   void *weight;
   const void *grad;
   void *exp_avg_sq; /* v, one a neuron: float64 beside float64 weights, else float32 */
   const void *scale; /* s, in the type of v */
-  const float *step; /* t, already advanced */
+  float *step; /* t */
   float *turn;
   int32_t *skipped;
   int64_t format;
   int64_t batches, spread, rows, run; /* spread = run = 1: every entry is a neuron of its own, never projected */
+  int64_t number; /* in its optimizer: a key of random numbers */
 } Tensor;
 
-_Static_assert(sizeof(Tensor) == 12 * sizeof(int64_t), "cpu_nero.py writes pointers as 64-bit words");
+_Static_assert(sizeof(Tensor) == 13 * sizeof(int64_t), "cpu_nero.py writes pointers as 64-bit words");
 
 typedef struct {
   double lr, beta;
   int32_t zero_mean, unit_norm, maximize;
+  int32_t at_random; /* how bfloat16 weights are rounded */
 } Options;
 
 typedef struct {
@@ -124,8 +127,9 @@ static void nero_unit(const void *shared, int64_t tensor, int64_t begin, int64_t
 
 /* One step of `count` tensors. Returns 0, or 1 where memory for the table of work ran out and nothing moved. */
 EXPORT int32_t archopt_nero(const Tensor *tensors, int64_t count, double lr, double beta, int32_t zero_mean,
-                            int32_t unit_norm, int32_t maximize, int32_t set, int32_t threads, void *parallel) {
-  Options options = {lr, beta, zero_mean, unit_norm, maximize};
+                            int32_t unit_norm, int32_t maximize, int32_t at_random, int32_t set, int32_t threads,
+                            void *parallel) {
+  Options options = {lr, beta, zero_mean, unit_norm, maximize, at_random};
   Plan *plans = malloc((size_t)at_least_one(count) * sizeof *plans);
   NeroWork *works = malloc((size_t)at_least_one(count) * sizeof *works);
   Report *reports = NULL;
@@ -134,6 +138,7 @@ EXPORT int32_t archopt_nero(const Tensor *tensors, int64_t count, double lr, dou
     int64_t units = number_units(plans, count);
     reports = calloc((size_t)at_least_one(units), sizeof *reports);
     if (reports) {
+      for (int64_t i = 0; i < count; i++) *tensors[i].step += 1;
       Job job = {tensors, &options, works, reports};
       share_out(nero_unit, &job, plans, count, units, threads, parallel);
       for (int64_t i = 0; i < count; i++) {

@@ -52,10 +52,11 @@ static Sums FN(sum_row)(const T *w, const T *g, int64_t spread, int64_t stride, 
   return sums;
 }
 
-/* Moves a neuron. The gradients that lie `ahead` entries further on, if any, are asked for on the way. */
+/* Moves a neuron; rounds at random where it has a key. The gradients that lie `ahead` entries further on, if any, are asked for on the way. */
 static void FN(move_row)(T *restrict w, const T *restrict g, int64_t spread, int64_t stride, int64_t run,
-                         int64_t ahead, Move move) {
+                         int64_t ahead, Move move, const uint32_t *key) {
   const A pace = (A)move.stride, mean = (A)move.mean, inverse = (A)move.inverse;
+  (void)key; /* of bfloat16 alone */
   for (int64_t s = 0; s < spread; s++) {
     T *restrict to = w + s * stride;
     const T *restrict from = g + s * stride;
@@ -70,6 +71,14 @@ static void FN(move_row)(T *restrict w, const T *restrict g, int64_t spread, int
 #ifdef FROM
       FN(read)(to + k, w_room, n);
       FN(read)(from + k, g_room, n);
+#ifdef TO_AT_RANDOM
+      if (key) {
+        const uint32_t first = *key + (uint32_t)(s * run + k) * WEYL;
+        for (int64_t i = 0; i < n; i++)
+          to[k + i] = TO_AT_RANDOM(((w_room[i] - pace * g_room[i]) - mean) * inverse, first + (uint32_t)i * WEYL);
+        continue;
+      }
+#endif
       for (int64_t i = 0; i < n; i++) to[k + i] = TO(((w_room[i] - pace * g_room[i]) - mean) * inverse);
 #else
       UNROLLED
@@ -154,7 +163,8 @@ static void FN(rows)(const Tensor *t, const Options *o, int64_t begin, int64_t e
     if (!move.moves) continue;
     FN(foresee)(o, &sums, (double)fan_in, &move);
     if (move.recheck) FN(look_again)(o, w, g, t->spread, stride, t->run, &move);
-    FN(move_row)(w, g, t->spread, stride, t->run, ahead, move);
+    const uint32_t key = key_of(t->number, (int64_t)*t->step, row);
+    FN(move_row)(w, g, t->spread, stride, t->run, ahead, move, o->at_random ? &key : NULL);
   }
 }
 
@@ -186,6 +196,13 @@ static void FN(strips)(const Tensor *t, const Options *o, int64_t begin, int64_t
 
     A paces[STRIP], means[STRIP], inverses[STRIP];
     WHOLE moves[STRIP];
+#ifdef TO_AT_RANDOM
+    uint32_t keys[STRIP];
+    for (int64_t r = 0; o->at_random && r < rows; r++) {
+      uint32_t key = key_of(t->number, (int64_t)*t->step, batch * t->rows + first + r);
+      for (int64_t k = 0; k < t->run; k++) keys[r * t->run + k] = key + (uint32_t)k * WEYL;
+    }
+#endif
     int any = 0;
     for (int64_t r = 0; r < rows; r++) {
       Sums sums = {0, 0, 0, 0, 0};
@@ -213,6 +230,16 @@ static void FN(strips)(const Tensor *t, const Options *o, int64_t begin, int64_t
       const A *restrict b = FN(read)(g + s * stride, g_room, cells);
 #ifdef FROM
       FN(read)(to, w_room, cells);
+#ifdef TO_AT_RANDOM
+      if (o->at_random) {
+        const uint32_t here = (uint32_t)(s * t->run) * WEYL;
+        for (int64_t c = 0; c < cells; c++) {
+          T moved = TO_AT_RANDOM(((w_room[c] - paces[c] * b[c]) - means[c]) * inverses[c], keys[c] + here);
+          to[c] = moves[c] ? moved : to[c];
+        }
+        continue;
+      }
+#endif
       for (int64_t c = 0; c < cells; c++) {
         T moved = TO(((w_room[c] - paces[c] * b[c]) - means[c]) * inverses[c]);
         to[c] = moves[c] ? moved : to[c];
@@ -237,7 +264,9 @@ static void FN(entries)(const Tensor *t, const Options *o, int64_t begin, int64_
     Move move = FN(decide)(o, pace, (double)g * (double)g, v + i, report);
     if (!move.moves) continue;
     A moved = FN(one)(w) - (A)move.stride * g;
-#ifdef FROM
+#ifdef TO_AT_RANDOM
+    *w = o->at_random ? TO_AT_RANDOM(moved, key_of(t->number, (int64_t)*t->step, i)) : TO(moved);
+#elif defined(FROM)
     *w = TO(moved);
 #else
     *w = moved;

@@ -7,7 +7,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-#define INTERFACE 2 /* archopt/kernels/cpu.py asks for it; raise it where a struct or a signature changes */
+#define INTERFACE 3 /* archopt/kernels/cpu.py asks for it; raise it where a struct or a signature changes */
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, FORMATS }; /* cpu.py has the same numbers */
 
