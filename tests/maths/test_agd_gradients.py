@@ -183,14 +183,14 @@ def test_an_added_group_is_counted() -> None:
 
 
 @FORMS
-def test_accumulated_gradients_are_to_be_averaged(foreach: bool) -> None:
+def test_accumulated_gradients_are_to_be_averaged(form: dict[str, bool]) -> None:
     """The average over parts of a batch is the step of the whole batch; the sum takes the step size of twice G."""
     x, y = torch.randn(8, 5).double(), torch.randn(8, 3).double()
 
     def stepped(parts: int, weight: float) -> tuple[Tensor, AGD]:
         torch.manual_seed(1)
         (w,) = params((3, 5))
-        optimizer = AGD([w], foreach=foreach)
+        optimizer = AGD([w], **form)
         for inputs, targets in zip(x.chunk(parts), y.chunk(parts)):
             (weight * (inputs @ w.T - targets).square().mean()).backward()
         optimizer.step()
@@ -205,10 +205,10 @@ def test_accumulated_gradients_are_to_be_averaged(foreach: bool) -> None:
 
 
 @FORMS
-def test_a_network_whose_gradients_are_all_tiny_has_its_exact_step_size(foreach: bool) -> None:
+def test_a_network_whose_gradients_are_all_tiny_has_its_exact_step_size(form: dict[str, bool]) -> None:
     weights = params((4, 3), (2, 3, 2, 1), dtype=torch.float32)
     grads: list[Tensor | None] = [torch.full_like(weight, 1e-30) for weight in weights]
-    optimizer = step(weights, grads, AGD(weights, foreach=foreach))
+    optimizer = step(weights, grads, AGD(weights, **form))
     summary = 1e-30 * ((4 / 3) ** 0.5 * 12**0.5 + (2 / 3 / 2) ** 0.5 * 2 * 6**0.5) / 2
     assert float(optimizer.gradient_summary) == pytest.approx(summary, rel=1e-6)
     assert float(optimizer.eta) == pytest.approx(summary, rel=1e-6)  # eta is G where G is small
