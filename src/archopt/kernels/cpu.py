@@ -81,11 +81,12 @@ def _openmp_of_torch() -> int:
         return 0
 
 
-def call(name: str, types: Sequence[type], *arguments: object) -> int:
-    """Calls a kernel: `arguments` of ctypes' `types`, then instruction set, threads and torch's OpenMP runtime.
+def call(name: str, types: Sequence[type], table: int, count: int, *arguments: object) -> None:
+    """Calls a kernel: the address of a table of `count` tensors and `arguments`, all of ctypes' `types`, then
+    instruction set, threads and torch's OpenMP runtime.
 
     It takes the best instruction set of the processor and torch's number of threads; neither changes a bit.
-    Raises RuntimeError where the library is not there (see `status`).
+    Raises RuntimeError where the library is not there (see `status`), and MemoryError before anything moves.
     """
     library = _library()
     if isinstance(library, str):
@@ -94,8 +95,8 @@ def call(name: str, types: Sequence[type], *arguments: object) -> int:
     if function.argtypes is None:
         function.argtypes = [*types, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
     best = len(library.instructions) - 1
-    result: int = function(*arguments, best, torch.get_num_threads(), library.parallel)
-    return result
+    if function(table, count, *arguments, best, torch.get_num_threads(), library.parallel):
+        raise MemoryError(f"no memory for the table of {count} tensors; nothing moved")
 
 
 # -- what a kernel can serve -------------------------------------------------------------------------------

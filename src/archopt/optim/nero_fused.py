@@ -179,12 +179,17 @@ def _layout(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> c
     layout = layout_of(weight.shape, weight.strides, axis_of(group), group["channel_groups"])
     if isinstance(layout, str):
         return layout
-    # One statistic a neuron, in order; of entries, in the order of the weight's memory.
+    return disorder(statistics, weight) or layout
+
+
+def disorder(statistics: cpu.Memory, weight: cpu.Memory) -> str:
+    """Why no kernel can follow v; an empty string if one can: a number a neuron, in order, and of entries in the
+    order of the weight's memory."""
     if statistics.shape == weight.shape:
         in_order = statistics.strides == weight.strides
     else:
         in_order = cpu.is_contiguous(statistics)
-    return layout if in_order else f"its statistics have strides {statistics.strides}"
+    return "" if in_order else f"its statistics have strides {statistics.strides}"
 
 
 def axis_of(group: dict[str, Any]) -> NeuronDim:

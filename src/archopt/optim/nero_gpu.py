@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from archopt.kernels import gpu
-from archopt.kernels.cpu import Memory, is_contiguous, obstacle_of_gradient, obstacle_of_view
+from archopt.kernels.cpu import Memory, obstacle_of_gradient, obstacle_of_view
 from archopt.optim.base import by_device_and_dtype, rate
 from archopt.optim.fused import made_of, refuse, wants_kernel
-from archopt.optim.nero_fused import STATE, axis_of, layout_of
+from archopt.optim.nero_fused import STATE, axis_of, disorder, layout_of
 
 EXPECTED = (torch.float32, torch.float32, torch.float32, torch.float32, torch.int32)  # types of STATE
 
@@ -146,9 +146,7 @@ def _for_kernel(
     for name, dtype in zip(STATE, EXPECTED, strict=True):
         if state[name].dtype != dtype or state[name].device != param.device:
             return f"its {name} is {state[name].dtype} on {state[name].device}, expected {dtype}"
-    v = state["exp_avg_sq"]
-    # One statistic a neuron, in order; of entries, in the order of the weight's memory.
-    if not (v.stride() == param.stride() if v.shape == param.shape else is_contiguous(Memory(*made_of(v)))):
-        return f"its statistics have strides {v.stride()}"
-    _, scale, step, turn, skipped = (state[name] for name in STATE)
+    if reason := disorder(Memory(*made_of(state["exp_avg_sq"])), memory):
+        return reason
+    v, scale, step, turn, skipped = (state[name] for name in STATE)
     return gpu.NeroTensor(param, grad, v, scale, step, turn, skipped, layout, number)
