@@ -13,7 +13,6 @@ never projected. The bias correction 1 - beta^t and the frozen s follow the auth
 """
 
 import functools
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -154,14 +153,14 @@ class Nero(ArchOptimizer):
             "capturable": capturable,
             "stochastic_rounding": stochastic_rounding,
         }
-        self._plans: defaultdict[int, gpu.Plans] = defaultdict(gpu.Plans)  # by group
+        self._plans = gpu.Plans()
         self._kept = Kept()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = defaultdict(gpu.Plans)  # what was prepared for another optimizer's tensors is of no use
-        self._kept = Kept()  # what was found for the tensors of another optimizer is of no use
+        self._plans = gpu.Plans()  # what was prepared for another optimizer's tensors is of no use
+        self._kept = Kept()  # nor is what was found for them
 
     def mean_turn(self) -> dict[str, Tensor]:
         """Mean turn of the last step in radians, by role (by group where no roles are known), as 0-d tensors."""
@@ -217,20 +216,23 @@ class Nero(ArchOptimizer):
                     state.update(self._init_state(param, group))
 
     def _update(self) -> None:
-        work: list[Any] = []
+        groups: list[nero_gpu.Members] = []
         number = 0
-        for group in self.param_groups:  # all of them first: a refusal must come before anything moves
+        for group in self.param_groups:
             params = [p for p in self._trainable(group) if p.grad is not None]
-            states = [self.state[p] for p in params]
-            on_gpu = nero_gpu.served(params, states, group, self._plans[len(work)], number)
-            others, their_states = [params[i] for i in on_gpu.rest], [states[i] for i in on_gpu.rest]
+            groups.append(nero_gpu.Members(group, params, [self.state[p] for p in params], number))
+            number += len(group["params"])
+        # What serves which weights, of all groups first: a refusal must come before anything moves.
+        on_gpu = nero_gpu.served(groups, self._plans)
+        work: list[Any] = []
+        for (group, params, states, number), left in zip(groups, on_gpu.rest, strict=True):
+            others, their_states = [params[i] for i in left], [states[i] for i in left]
             found = served(others, their_states, group, number, self._kept)
             rest = [others[i] for i in found.rest]
             check_rounding(params, rest, group)
-            work.append((group, params, on_gpu, others, found, rest, [their_states[i] for i in found.rest]))
-            number += len(group["params"])
-        for group, params, on_gpu, others, found, rest, states in work:
-            nero_gpu.gpu_nero(on_gpu, params, group)
+            work.append((group, others, found, rest, [their_states[i] for i in found.rest]))
+        nero_gpu.gpu_nero(on_gpu, groups)
+        for group, others, found, rest, states in work:
             fused_nero(found, others, group)
             if rest:
                 torch._foreach_add_([state["step"] for state in states], 1)
