@@ -86,7 +86,8 @@ def obstacle_of_layout(layout: Layout) -> str:
 
 def capturing() -> bool:
     """Whether what is launched now goes into a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return started and torch.cuda.is_current_stream_capturing()
 
 
 class Plans:

@@ -37,6 +37,7 @@ from archopt.optim.base import (
     takes_foreach,
 )
 from archopt.optim.nero_fused import Kept, check_rounding, fused_nero, served, unserved
+from archopt.optim.nero_steady import Steady
 from archopt.roles import Role, group_by_treatment, parameter_roles
 
 DEFAULT_LR = 0.01  # 2102.07227, section 5: the one value that the paper uses out of the box
@@ -118,6 +119,7 @@ class Nero(ArchOptimizer):
 
     state_names = ("step", "exp_avg_sq", "scale", "turn", "skipped")
     needs_all_gradients = ""
+    _last: tuple[list[nero_gpu.Members], nero_gpu.Served] | None  # what the kernel on a GPU did
 
     def __init__(
         self,
@@ -155,12 +157,14 @@ class Nero(ArchOptimizer):
         }
         self._plans = gpu.Plans()
         self._kept = Kept()
+        self._steady = Steady()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = gpu.Plans()  # what was prepared for another optimizer's tensors is of no use
         self._kept = Kept()  # nor is what was found for them
+        self._steady = Steady()
 
     def mean_turn(self) -> dict[str, Tensor]:
         """Mean turn of the last step in radians, by role (by group where no roles are known), as 0-d tensors."""
@@ -215,6 +219,12 @@ class Nero(ArchOptimizer):
                         _project(param, group, only=param.grad)
                     state.update(self._init_state(param, group))
 
+    def _step_all(self) -> None:
+        if not self._steady.repeats(self.param_groups, self.state):
+            super()._step_all()
+            if self._last is not None:
+                self._steady.learn(*self._last, self.state)
+
     def _update(self) -> None:
         groups: list[nero_gpu.Members] = []
         number = 0
@@ -231,6 +241,7 @@ class Nero(ArchOptimizer):
             rest = [others[i] for i in found.rest]
             check_rounding(params, rest, group)
             work.append((group, others, found, rest, [their_states[i] for i in found.rest]))
+        self._last = (groups, on_gpu) if on_gpu.launches else None
         nero_gpu.gpu_nero(on_gpu, groups)
         for group, others, found, rest, states in work:
             fused_nero(found, others, group)

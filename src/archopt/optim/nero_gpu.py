@@ -54,9 +54,7 @@ def served(groups: Sequence[Members], plans: gpu.Plans) -> Served:
     wanted = [_wants(members) for members in groups]
     if not any(wanted):
         return Served([], [], [], [list(range(len(members.params))) for members in groups])
-    # By what the options have in common, not by what they are: a rate may change at every step.
-    numbers: dict[tuple[Any, ...], int] = {}  # a rate that is a tensor is told by identity
-    sets = [numbers.setdefault(_options(members.group), len(numbers)) for members in groups]
+    sets = sets_of([members.group for members in groups])
     asked = [members for members, wants in zip(groups, wanted, strict=True) if wants]
     params = list(itertools.chain.from_iterable([members.params for members in asked]))
     grads: list[Any] = list(map(_grad, params))
@@ -86,6 +84,15 @@ def served(groups: Sequence[Members], plans: gpu.Plans) -> Served:
         *map(Tensor.is_neg, grads),
     )
     return plans.get(key, lambda: _prepared(groups, wanted, sets, plans))
+
+
+def sets_of(groups: Sequence[dict[str, Any]]) -> list[int]:
+    """For each group, the number of its options: the same for groups that can share launches.
+
+    Not the options themselves, since a rate may change at every step. A rate that is a tensor is told by identity.
+    """
+    numbers: dict[tuple[Any, ...], int] = {}
+    return [numbers.setdefault(_options(group), len(numbers)) for group in groups]
 
 
 def _wants(members: Members) -> bool:

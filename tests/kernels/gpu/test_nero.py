@@ -516,6 +516,46 @@ def test_what_changes_is_prepared_anew(device: str, monkeypatch: pytest.MonkeyPa
     assert steps() == [3, 3]
 
 
+def test_a_step_that_repeats_another_looks_at_nothing_twice(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The long way is taken for what is new: gradients elsewhere, one that is missing or sparse, an option."""
+    params = [nn.Parameter(random(6, 20, seed=i).to(device)) for i in range(2)]
+    optimizer = Nero(in_groups(params), fused=True)
+    long_ways: list[int] = []
+    update = Nero._update
+    monkeypatch.setattr(Nero, "_update", lambda self: (long_ways.append(1), update(self))[1])
+    give_gradients(params, 0)
+    first = [p.grad for p in params]
+    for rate in (0.01, 0.02, 0.03):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        assert float(optimizer.state[params[1]]["turn"]) > 0.4 * rate
+    assert len(long_ways) == 1
+    give_gradients(params, 1)
+    second = [p.grad for p in params]
+    for grads in (second, first, second):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+    assert len(long_ways) == 2
+    assert [float(optimizer.state[p]["step"]) for p in params] == [6, 6]
+    params[0].grad = None
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [6, 7]
+    params[0].grad = torch.zeros(6, 20, device=device).to_sparse()
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.step()
+    params[0].grad = second[0]
+    before = params[0].detach().clone()
+    optimizer.param_groups[0]["maximize"] = True
+    optimizer.step()
+    moved = ((params[0].detach() - before) * second[0]).sum()
+    assert float(moved) > 0
+    assert len(long_ways) == 4
+
+
 # -- state -------------------------------------------------------------------------------------------------
 
 
