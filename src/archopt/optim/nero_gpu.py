@@ -17,7 +17,7 @@ from archopt.optim.nero_fused import STATE, axis_of, layout_of
 EXPECTED = (torch.float32, torch.float32, torch.float32, torch.float32, torch.int32)  # types of STATE
 
 _ORDINARY = {Tensor, nn.Parameter}
-_dtype, _shape, _device, _grad = map(attrgetter, ("dtype", "shape", "device", "grad"))
+_dtype, _shape, _grad = map(attrgetter, ("dtype", "shape", "grad"))
 _options = itemgetter(*gpu.Options._fields)
 
 
@@ -97,7 +97,7 @@ def sets_of(groups: Sequence[dict[str, Any]]) -> list[int]:
 
 def _wants(members: Members) -> bool:
     """Whether the group has weights on a GPU, and a kernel is to serve what it can of them."""
-    on_gpu = any(device.type in gpu.DEVICE_TYPES for device in set(map(_device, members.params)))
+    on_gpu = any(param.device.type in gpu.DEVICE_TYPES for param in members.params)
     return on_gpu and wants_kernel("Nero", members.group)
 
 
