@@ -86,7 +86,8 @@ def obstacle_of_layout(layout: Layout) -> str:
 
 def capturing() -> bool:
     """Whether what is launched now goes into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return started and torch.cuda.is_current_stream_capturing()
 
 
 class Plans:
@@ -152,7 +153,7 @@ class Plans:
 
 ENTRIES, TILES, ALIGNED_TILES, LONG, ALIGNED_LONG, SIDE_BY_SIDE, IN_RUNS = range(7)  # as in triton_nero.py
 VECTOR = 16  # bytes
-FEW = 2**20  # entries: tensors of a shape that has fewer join the next one, which spares a launch
+FEW = 2**24  # entries, idle ones too: where the next wider tile would hold fewer, it spares a launch
 
 
 class Shape(NamedTuple):
@@ -187,6 +188,10 @@ class NeroTensor(NamedTuple):
     skipped: Tensor
     layout: Layout
     number: int  # of the weight in its optimizer: with the step count, the key of its random numbers
+    options: int  # which of the step's options are its own
+
+    def neurons(self) -> int:
+        return self.layout.batches * self.layout.rows
 
     def shape(self) -> Shape:
         """How a kernel works on it, were it alone."""
@@ -201,130 +206,150 @@ class NeroTensor(NamedTuple):
         return tiles[0] if tiles else LONG_ROWS[aligned]
 
 
+class Options(NamedTuple):
+    """What the tensors of a launch share. `lr` is read on the device where it is a tensor there."""
+
+    lr: float | Tensor
+    beta: float
+    zero_mean: bool
+    unit_norm: bool
+    maximize: bool
+    stochastic_rounding: bool
+
+
+class Work(NamedTuple):
+    """Tensors of one type with the same options that are worked on in the same way: they share a launch."""
+
+    options: int
+    dtype: torch.dtype
+    shape: Shape
+
+
+class Call(NamedTuple):
+    """A launch, ready but for its options."""
+
+    options: int
+    dtype: torch.dtype
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
 class Launches(NamedTuple):
-    """All that a step of tensors of one type needs, but for its options."""
+    """All that a step of tensors on one device needs, but for its options."""
 
     table: Tensor
-    work: Tensor  # int32, (units, 2): tensor and first neuron
     turns: Tensor  # a unit's part of its tensor's turn
     skipped: Tensor
-    calls: tuple[tuple[Shape, int, int], ...]  # with the first unit and their number
-    dtype: torch.dtype
+    calls: tuple[Call, ...]
     tensors: int
 
 
 def nero_launches(tensors: Sequence[NeroTensor], plans: Plans, *, capturable: bool) -> Launches:
-    """Prepares the step of tensors of one type on one device.
+    """Prepares the step of tensors on one device.
 
     Raises RuntimeError in a CUDA graph's capture where no step before it had tensors of these shapes.
     """
-    device, dtype = tensors[0].weight.device, tensors[0].weight.dtype
-    shapes = _joined([t.shape() for t in tensors], [math.prod(t.layout) for t in tensors])
-    geometry = tuple((shape, t.layout) for shape, t in zip(shapes, tensors, strict=True))
-    calls, work, firsts, counts = plans.get(
+    code = importlib.import_module("archopt.kernels.triton_nero")
+    device = tensors[0].weight.device
+    geometry = tuple(zip(_work(tensors), [t.layout for t in tensors], strict=True))
+    parts, units, firsts, counts = plans.get(
         (device, geometry), lambda: _units(geometry, lambda packed: plans.upload(packed, device))
     )
     lines: list[int] = []
     for t, first, count in zip(tensors, firsts, counts, strict=True):
-        batches, spread, rows, run = t.layout
+        _, spread, rows, run = t.layout
         pointers = (t.weight, t.grad, t.exp_avg_sq, t.scale, t.step, t.turn, t.skipped)
         lines.extend([tensor.data_ptr() for tensor in pointers])
-        lines.extend([spread * run, rows, run, batches * rows, first, count, t.number])
+        lines.extend([spread * run, rows, run, t.neurons(), first, count, t.number])
     if capturing():
         table = plans.upload_in_capture(torch.tensor(lines), device)
     else:
         table = plans.upload(torch.tensor(lines), device)
         if capturable and device.type == "cuda":
             plans.make_room(len(lines))
-    units = sum(counts)
-    return Launches(
-        table,
-        work,
-        torch.empty(units, dtype=torch.float32, device=device),
-        torch.empty(units, dtype=torch.int32, device=device),
-        calls,
-        dtype,
-        len(tensors),
-    )
+    turns = torch.empty(sum(counts), dtype=torch.float32, device=device)
+    skipped = torch.empty(sum(counts), dtype=torch.int32, device=device)
+    calls = []
+    for (options, dtype, shape), begin, count in parts:
+        constants = {"DTYPE": code.TYPES[dtype], "KIND": shape.kind, "R": shape.rows, "C": shape.columns}
+        constants["num_warps"] = shape.warps
+        calls.append(Call(options, dtype, (count,), (table, units, turns, skipped, begin), constants))
+    return Launches(table, turns, skipped, tuple(calls), len(tensors))
 
 
-def _joined(shapes: list[Shape], entries: list[int]) -> list[Shape]:
+def _work(tensors: Sequence[NeroTensor]) -> list[Work]:
+    """Of each tensor, what it is worked on with: launches with little to do are joined where they can be."""
+    work = [Work(t.options, t.weight.dtype, t.shape()) for t in tensors]
+    for options, dtype in {(w.options, w.dtype) for w in work}:
+        alike = [i for i, w in enumerate(work) if (w.options, w.dtype) == (options, dtype)]
+        shapes = _joined([work[i].shape for i in alike], [tensors[i].neurons() for i in alike])
+        for i, shape in zip(alike, shapes, strict=True):
+            work[i] = Work(options, dtype, shape)
+    return work
+
+
+def _joined(shapes: list[Shape], neurons: list[int]) -> list[Shape]:
     """Shapes of tensors, with tiles of which there is little taken into the next wider ones that are needed."""
     for tiles in (UNALIGNED, ALIGNED):
         for i, narrow in enumerate(tiles):
             wider = [tile for tile in tiles[i + 1 :] if tile in shapes]
-            if wider and sum(n for shape, n in zip(shapes, entries, strict=True) if shape == narrow) < FEW:
+            rows = sum(n for shape, n in zip(shapes, neurons, strict=True) if shape == narrow)
+            if wider and rows * wider[0].columns < FEW:
                 shapes = [wider[0] if shape == narrow else shape for shape in shapes]
     return shapes
 
 
 def _units(
-    geometry: Sequence[tuple[Shape, Layout]], upload: Callable[[Tensor], Tensor]
-) -> tuple[tuple[tuple[Shape, int, int], ...], Tensor, list[int], list[int]]:
-    """The launches, the list of units, and for each tensor its first unit and their number."""
+    geometry: Sequence[tuple[Work, Layout]], upload: Callable[[Tensor], Tensor]
+) -> tuple[tuple[tuple[Work, int, int], ...], Tensor, list[int], list[int]]:
+    """The launches, with their first unit and how many; the units on the device, int32 of (units, 2): tensor and
+    first neuron; and for each tensor its first unit and how many."""
     firsts, counts = [0] * len(geometry), [0] * len(geometry)
     calls, parts, total = [], [], 0
-    for shape in sorted({shape for shape, _ in geometry}):
+    for work in dict.fromkeys(work for work, _ in geometry):
         begin = total
         for i, (own, (batches, spread, rows, _)) in enumerate(geometry):
-            if own != shape:
+            if own != work:
                 continue
             if spread == 1:  # neurons of all batches follow one another
                 batches, rows = 1, batches * rows
-            starts = torch.arange(0, rows, shape.rows) + rows * torch.arange(batches).unsqueeze(1)
+            starts = torch.arange(0, rows, work.shape.rows) + rows * torch.arange(batches).unsqueeze(1)
             parts.append(torch.stack([torch.full_like(starts, i), starts], dim=-1).reshape(-1, 2))
             firsts[i], counts[i] = total, starts.numel()
             total += starts.numel()
-        calls.append((shape, begin, total - begin))
+        calls.append((work, begin, total - begin))
     # Two int32 travel as one int64.
     packed = torch.cat(parts).to(torch.int32).contiguous().view(torch.int64).reshape(-1)
     return tuple(calls), upload(packed).view(torch.int32), firsts, counts
 
 
-def nero(
-    launches: Launches,
-    *,
-    lr: float | Tensor,
-    beta: float,
-    zero_mean: bool,
-    unit_norm: bool,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
-    """Nero's step for the prepared tensors, in place; it advances their step counts too."""
+def nero(launches: Launches, options: Sequence[Options]) -> None:
+    """Nero's step for the prepared tensors, in place; it advances their step counts too.
+
+    Each tensor has those of the `options` that its `NeroTensor.options` says.
+    """
     code = importlib.import_module("archopt.kernels.triton_nero")
-    flags = zero_mean * 1 + unit_norm * 2 + maximize * 4
+    rules = [_rule(own, launches) for own in options]
+    with on(launches.table.device):
+        for number, dtype, grid, arguments, constants in launches.calls:
+            at_random = options[number].stochastic_rounding and dtype == torch.bfloat16
+            code.nero[grid](*arguments, *rules[number], STOCHASTIC=at_random, **constants)
+        code.report[(launches.tensors,)](
+            launches.table, launches.turns, launches.skipped, N=1024, num_warps=4
+        )
+
+
+def _rule(options: Options, launches: Launches) -> tuple[Any, ...]:
+    """Options as the kernel takes them."""
+    lr, beta = options.lr, options.beta
+    flags = options.zero_mean * 1 + options.unit_norm * 2 + options.maximize * 4
     rate = launches.turns  # any float32 tensor, which is not read
     if isinstance(lr, Tensor) and lr.device.type == "cpu" and launches.table.device.type != "cpu":
         lr = float(lr)
     if isinstance(lr, Tensor):
         flags, rate, lr = flags + 8, lr.to(torch.float32), 0.0
-    lr = float(lr)
-    beta_log = math.log(beta) if beta > 0 else -math.inf
-    rounds_at_random = stochastic_rounding and launches.dtype == torch.bfloat16
-    table, work, turns, skipped = launches[:4]
-    with on(table.device):
-        for shape, base, count in launches.calls:
-            code.nero[(count,)](
-                table,
-                work,
-                turns,
-                skipped,
-                rate,
-                lr,
-                beta,
-                1 - beta,
-                beta_log,
-                flags,
-                base,
-                DTYPE=code.TYPES[launches.dtype],
-                KIND=shape.kind,
-                R=shape.rows,
-                C=shape.columns,
-                STOCHASTIC=rounds_at_random,
-                num_warps=shape.warps,
-            )
-        code.report[(launches.tensors,)](table, turns, skipped, N=1024, num_warps=4)
+    return rate, float(lr), beta, 1 - beta, math.log(beta) if beta > 0 else -math.inf, flags
 
 
 class _Here:

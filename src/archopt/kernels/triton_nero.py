@@ -1,8 +1,8 @@
 """Nero's step in Triton: the device code of `gpu.py`. Importing this module imports Triton.
 
-One launch serves tensors of one type. A program works on a *unit*, some neurons of one tensor; `work` says which,
-and the tensor's line of `table` says where its memory lies and how it is laid out. The equations stand in
-`archopt/optim/nero.py`, the layouts [batches][spread][rows][run] in `cpu.py`.
+One launch serves tensors of one type with the same options. A program works on a *unit*, some neurons of one
+tensor; `work` says which, and the tensor's line of `table` says where its memory lies and how it is laid out. The
+equations stand in `archopt/optim/nero.py`, the layouts [batches][spread][rows][run] in `cpu.py`.
 
     entries     neurons of one entry each
     tiles       short rows, several side by side: read once and kept on chip until they are written
@@ -264,7 +264,7 @@ def _correction(beta_log, step):
 
 
 @triton.jit(do_not_specialize=["flags", "base"])
-def nero(table_ptr, work_ptr, turns_ptr, skipped_ptr, rate_ptr, lr, beta, rest, beta_log, flags, base,
+def nero(table_ptr, work_ptr, turns_ptr, skipped_ptr, base, rate_ptr, lr, beta, rest, beta_log, flags,
          DTYPE: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
          STOCHASTIC: tl.constexpr):  # fmt: skip
     """Unit `base` + the program's number: R neurons, C entries of each at a time.

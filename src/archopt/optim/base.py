@@ -168,10 +168,14 @@ class ArchOptimizer(Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._check_graph_capture()
+        self._step_all()
+        return loss
+
+    def _step_all(self) -> None:
+        """The update, from gradients as they come."""
         self._check_gradients()
         self._create_state()
         self._update()
-        return loss
 
     def _step_alone(self, group: dict[str, Any], param: Tensor) -> None:
         """The same step for one parameter of a group, as if there were no other; for `step_in_backward`.

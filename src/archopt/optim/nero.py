@@ -13,7 +13,6 @@ never projected. The bias correction 1 - beta^t and the frozen s follow the auth
 """
 
 import functools
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +37,7 @@ from archopt.optim.base import (
     takes_foreach,
 )
 from archopt.optim.nero_fused import Kept, check_rounding, fused_nero, served, unserved
+from archopt.optim.nero_steady import Steady
 from archopt.roles import Role, group_by_treatment, parameter_roles
 
 DEFAULT_LR = 0.01  # 2102.07227, section 5: the one value that the paper uses out of the box
@@ -119,6 +119,7 @@ class Nero(ArchOptimizer):
 
     state_names = ("step", "exp_avg_sq", "scale", "turn", "skipped")
     needs_all_gradients = ""
+    _last: tuple[list[nero_gpu.Members], nero_gpu.Served] | None  # what the kernel on a GPU did
 
     def __init__(
         self,
@@ -154,14 +155,16 @@ class Nero(ArchOptimizer):
             "capturable": capturable,
             "stochastic_rounding": stochastic_rounding,
         }
-        self._plans: defaultdict[int, gpu.Plans] = defaultdict(gpu.Plans)  # by group
+        self._plans = gpu.Plans()
         self._kept = Kept()
+        self._steady = Steady()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = defaultdict(gpu.Plans)  # what was prepared for another optimizer's tensors is of no use
-        self._kept = Kept()  # what was found for the tensors of another optimizer is of no use
+        self._plans = gpu.Plans()  # what was prepared for another optimizer's tensors is of no use
+        self._kept = Kept()  # nor is what was found for them
+        self._steady = Steady()
 
     def mean_turn(self) -> dict[str, Tensor]:
         """Mean turn of the last step in radians, by role (by group where no roles are known), as 0-d tensors."""
@@ -216,21 +219,31 @@ class Nero(ArchOptimizer):
                         _project(param, group, only=param.grad)
                     state.update(self._init_state(param, group))
 
+    def _step_all(self) -> None:
+        if not self._steady.repeats(self.param_groups, self.state):
+            super()._step_all()
+            if self._last is not None:
+                self._steady.learn(*self._last, self.state)
+
     def _update(self) -> None:
-        work: list[Any] = []
+        groups: list[nero_gpu.Members] = []
         number = 0
-        for group in self.param_groups:  # all of them first: a refusal must come before anything moves
+        for group in self.param_groups:
             params = [p for p in self._trainable(group) if p.grad is not None]
-            states = [self.state[p] for p in params]
-            on_gpu = nero_gpu.served(params, states, group, self._plans[len(work)], number)
-            others, their_states = [params[i] for i in on_gpu.rest], [states[i] for i in on_gpu.rest]
+            groups.append(nero_gpu.Members(group, params, [self.state[p] for p in params], number))
+            number += len(group["params"])
+        # What serves which weights, of all groups first: a refusal must come before anything moves.
+        on_gpu = nero_gpu.served(groups, self._plans)
+        work: list[Any] = []
+        for (group, params, states, number), left in zip(groups, on_gpu.rest, strict=True):
+            others, their_states = [params[i] for i in left], [states[i] for i in left]
             found = served(others, their_states, group, number, self._kept)
             rest = [others[i] for i in found.rest]
             check_rounding(params, rest, group)
-            work.append((group, params, on_gpu, others, found, rest, [their_states[i] for i in found.rest]))
-            number += len(group["params"])
-        for group, params, on_gpu, others, found, rest, states in work:
-            nero_gpu.gpu_nero(on_gpu, params, group)
+            work.append((group, others, found, rest, [their_states[i] for i in found.rest]))
+        self._last = (groups, on_gpu) if on_gpu.launches else None
+        nero_gpu.gpu_nero(on_gpu, groups)
+        for group, others, found, rest, states in work:
             fused_nero(found, others, group)
             if rest:
                 torch._foreach_add_([state["step"] for state in states], 1)

@@ -375,6 +375,187 @@ def test_views_into_one_buffer_step_as_tensors_of_their_own(device: str) -> None
         assert gap(a.reshape(1, -1), b.detach().cpu().reshape(1, -1)) <= 1e-6
 
 
+# -- groups that share launches ------------------------------------------------------------------------------
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[gpu.Launches]:
+    """What is launched from now on."""
+    launched: list[gpu.Launches] = []
+    call = gpu.nero
+    monkeypatch.setattr(gpu, "nero", lambda found, o: (launched.append(found), call(found, o)))
+    return launched
+
+
+def in_groups(params: list[nn.Parameter], **options: Any) -> list[dict[str, Any]]:
+    return [{"params": [param], **options} for param in params]
+
+
+def test_groups_with_equal_options_share_their_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One group a tensor, with axes of their own: as many launches as of one group, and the same bits."""
+    one, several = many(device), many(device)
+    optimizers = Nero(one, fused=True), Nero(in_groups(several), fused=True)
+    optimizers[1].param_groups[0]["neuron_dim"] = (0,)
+    launched = calls(monkeypatch)
+    for t in range(2):
+        for params, optimizer in zip((one, several), optimizers, strict=True):
+            give_gradients(params, t)
+            optimizer.step()
+    assert len(launched) == 4
+    assert {found.tensors for found in launched} == {len(one)}
+    assert len({len(found.calls) for found in launched}) == 1
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(one, several, strict=True))
+
+
+@pytest.mark.parametrize(
+    "option", [{"lr": 0.02}, {"beta": 0.9}, {"unit_norm": False}, {"zero_mean": False}, {"maximize": True}]
+)
+def test_groups_with_other_options_keep_them(option: dict[str, Any], device: str) -> None:
+    """One table, launches of their own: each group steps as it does in an optimizer of its own."""
+    shapes = [(6, 20), (5,), (4, 24)]
+    together = [nn.Parameter(random(*s, seed=i).to(device)) for i, s in enumerate(shapes)]
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    options: list[dict[str, Any]] = [{}, option, {}]
+    both = Nero([{"params": [p], **o} for p, o in zip(together, options, strict=True)], fused=True)
+    each = [Nero([p], fused=True, **o) for p, o in zip(alone, options, strict=True)]
+    for t in range(2):
+        give_gradients(together, t)
+        give_gradients(alone, t)
+        for optimizer in (both, *each):
+            optimizer.step()
+    for a, b in zip(together, alone, strict=True):
+        assert gap(a.reshape(1, -1), b.detach().cpu().reshape(1, -1)) <= 1e-6
+
+
+def test_groups_share_launches_while_their_rates_are_equal(device, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [nn.Parameter(random(6, 20, seed=i).to(device)) for i in range(3)]
+    optimizer = Nero(in_groups(params), fused=True)
+    launched = calls(monkeypatch)
+    give_gradients(params, 0)
+    first, second, third = optimizer.param_groups
+    rate = torch.tensor(0.01, device=device)
+    for rates, expected in (
+        ((0.02, 0.02, 0.02), 1),
+        ((0.03, 0.03, 0.03), 1),
+        ((0.02, 0.03, 0.02), 2),
+        ((0.01, 0.02, 0.03), 3),
+        ((rate, rate, rate), 1),
+        ((rate, rate.clone(), rate), 2),
+    ):
+        first["lr"], second["lr"], third["lr"] = rates
+        optimizer.step()
+        assert len(launched[-1].calls) == expected, rates
+
+
+def test_a_schedule_prepares_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates that differ between groups and change at every step."""
+    params = [nn.Parameter(random(6, 20, seed=i).to(device)) for i in range(3)]
+    optimizer = Nero(in_groups(params), fused=True)
+    optimizer.param_groups[0]["lr"] = 0.02
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    launched = calls(monkeypatch)
+    give_gradients(params, 0)
+    turns = []
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+        turns.append(float(optimizer.state[params[2]]["turn"]))
+    assert len({id(found.table) for found in launched}) == 1
+    assert turns == pytest.approx([0.01 * 0.9**t for t in range(4)], rel=1e-5)
+
+
+def test_what_changes_is_prepared_anew(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new group, a frozen weight, a loaded or replaced state, another axis; each step as the plain form's."""
+    shapes = [(6, 20), (5,), (4, 24), (4, 4)]
+    pair = [[nn.Parameter(random(*s, seed=i).to(device)) for i, s in enumerate(shapes)] for _ in range(2)]
+    optimizers = [
+        Nero(in_groups(params[:3]), **form)
+        for params, form in zip(pair, ({"fused": True}, {"foreach": False}), strict=True)
+    ]
+    launched = calls(monkeypatch)
+    for i, param in enumerate(pair[0]):  # memory that stays
+        param.grad = random(*param.shape, seed=10 + i).to(device)
+    for ours, theirs in zip(*pair, strict=True):
+        theirs.grad = ours.grad.clone()
+
+    def steps() -> list[int]:
+        """How many tensors two steps launch; the second one uses what the first one prepared, which is new."""
+        before = {id(found.table) for found in launched}
+        for optimizer in (*optimizers, *optimizers):
+            optimizer.step()
+        assert launched[-1].table is launched[-2].table
+        assert id(launched[-1].table) not in before
+        for ours, theirs in zip(*pair, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        return [found.tensors for found in launched[-2:]]
+
+    assert steps() == [3, 3]
+    for params, optimizer in zip(pair, optimizers, strict=True):
+        optimizer.add_param_group({"params": [params[3]]})
+    assert steps() == [4, 4]
+    for params in pair:
+        params[0].requires_grad_(False)
+    assert steps() == [3, 3]
+    for params in pair:
+        params[0].requires_grad_(True)
+        params[1].grad = None
+    assert steps() == [3, 3]
+    for optimizer in optimizers:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert steps() == [3, 3]
+    for params, optimizer in zip(pair, optimizers, strict=True):
+        optimizer.state[params[2]] = {k: v.clone() for k, v in optimizer.state[params[2]].items()}
+        optimizer.state[params[2]]["exp_avg_sq"].mul_(4.0)
+    assert steps() == [3, 3]
+    for params, optimizer in zip(pair, optimizers, strict=True):
+        v = optimizer.state[params[2]]["exp_avg_sq"]
+        optimizer.state[params[2]]["exp_avg_sq"] = v * 4.0
+    assert steps() == [3, 3]
+    for params, optimizer in zip(pair, optimizers, strict=True):
+        del optimizer.state[params[3]]
+        optimizer.param_groups[3]["neuron_dim"] = 1
+    assert steps() == [3, 3]
+
+
+def test_a_step_that_repeats_another_looks_at_nothing_twice(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The long way is taken for what is new: gradients elsewhere, one that is missing or sparse, an option."""
+    params = [nn.Parameter(random(6, 20, seed=i).to(device)) for i in range(2)]
+    optimizer = Nero(in_groups(params), fused=True)
+    long_ways: list[int] = []
+    update = Nero._update
+    monkeypatch.setattr(Nero, "_update", lambda self: (long_ways.append(1), update(self))[1])
+    give_gradients(params, 0)
+    first = [p.grad for p in params]
+    for rate in (0.01, 0.02, 0.03):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        assert float(optimizer.state[params[1]]["turn"]) > 0.4 * rate
+    assert len(long_ways) == 1
+    give_gradients(params, 1)
+    second = [p.grad for p in params]
+    for grads in (second, first, second):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+    assert len(long_ways) == 2
+    assert [float(optimizer.state[p]["step"]) for p in params] == [6, 6]
+    params[0].grad = None
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [6, 7]
+    params[0].grad = torch.zeros(6, 20, device=device).to_sparse()
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.step()
+    params[0].grad = second[0]
+    before = params[0].detach().clone()
+    optimizer.param_groups[0]["maximize"] = True
+    optimizer.step()
+    moved = ((params[0].detach() - before) * second[0]).sum()
+    assert float(moved) > 0
+    assert len(long_ways) == 4
+
+
 # -- state -------------------------------------------------------------------------------------------------
 
 
@@ -531,7 +712,7 @@ def test_gradients_that_cannot_be_served_are_refused_before_anything_moves(devic
 def test_none_takes_the_kernel_for_what_it_serves_and_another_form_for_the_rest(device, monkeypatch) -> None:
     launched = []
     call = gpu.nero
-    monkeypatch.setattr(gpu, "nero", lambda found, **o: (launched.append(found.tensors), call(found, **o)))
+    monkeypatch.setattr(gpu, "nero", lambda found, o: (launched.append(found.tensors), call(found, o)))
     plain, gaps = nn.Parameter(random(4, 3).to(device)), nn.Parameter(random(4, 6).to(device)[:, ::2])
     optimizer = Nero([plain, gaps])
     before = [plain.detach().clone(), gaps.detach().clone()]

@@ -145,8 +145,6 @@ def test_the_kernel_serves_by_default(device: str) -> None:
     found = []
     call = gpu.nero
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            gpu, "nero", lambda launches, **o: (found.append(launches.tensors), call(launches, **o))
-        )
+        patch.setattr(gpu, "nero", lambda launches, o: (found.append(launches.tensors), call(launches, o)))
         optimizer.step()
     assert sum(found) == len(list(net.parameters()))
