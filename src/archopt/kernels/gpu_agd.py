@@ -33,7 +33,7 @@ class Work(NamedTuple):
     pieces: tuple[int, ...]  # of each tensor: units that share a part
     first_parts: tuple[int, ...]
     first_slots: tuple[int, ...]
-    parts: int
+    parts: int  # of all tensors, rounded up as `_even` says
     slots: int
 
 
@@ -79,7 +79,8 @@ class Prepared:
 class AGDStep:
     """A step of AGD for prepared tensors: `summary` is their part of G; `move`, given eta, moves them.
 
-    weights: what was prepared, or what it is a view of. paces: gain * lr of each tensor, negative to ascend; without learning rates that are tensors on the device.
+    weights: what was prepared, or what it is a view of. paces: gain * lr of each tensor, negative to ascend,
+    without learning rates that are tensors on the device.
     """
 
     def __init__(self, prepared: Prepared, weights: list[Tensor], paces: Sequence[float]) -> None:
@@ -168,9 +169,14 @@ def _work(kinds: Sequence[tuple[int, Layout]], device: torch.device, plans: gpu.
         pieces,
         first_parts[:-1],
         first_slots[:-1],
-        first_parts[-1],
-        first_slots[-1],
+        _even(first_parts[-1]),
+        _even(first_slots[-1]),
     )
+
+
+def _even(count: int) -> int:
+    """So many float64, and what follows them is still aligned: Triton compiles again for pointers that are not."""
+    return count + count % 2
 
 
 def _numbered(number: int, lines: Tensor) -> Tensor:
