@@ -87,9 +87,9 @@ class AGDStep:
         made = self._made = prepared
         self._weights, self._paces = weights, paces
         work, code = made.work, made.code
-        slots, self._norms, terms = torch.empty(
-            work.slots + work.parts + work.counts[1], dtype=torch.float64, device=made.device
-        ).split((work.slots, work.parts, work.counts[1]))
+        norms_to = work.slots + work.parts
+        sums = torch.empty(norms_to + work.counts[1], dtype=torch.float64, device=made.device)
+        slots, self._norms, terms = sums[: work.slots], sums[work.slots : norms_to], sums[norms_to:]
         with gpu.on(made.device):
             code.measure[(work.counts[0],)](
                 made.table, work.units, slots, DTYPE=code.TYPES[made.dtype], num_warps=4

@@ -248,7 +248,9 @@ def test_nothing_is_uploaded_while_tensors_lie_where_they_lay(
     assert param.grad is not None
     param.grad = param.grad.clone()
     optimizer.step()
-    assert len(uploaded) == 1, "the table alone"
+    assert uploaded == [12, 1], (
+        "a line of the table and a distance; the list of units does not depend on places"
+    )
 
 
 def test_gradients_are_not_kept(device: str) -> None:
