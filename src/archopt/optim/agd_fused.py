@@ -83,7 +83,7 @@ Group = tuple[dict[str, Any], list[Tensor], int]
 _options = operator.itemgetter(
     "norm", "radius", "share", "uses", "slices", "groups", "stride", "fused", "foreach", "capturable"
 )
-_kind = operator.attrgetter("dtype", "device", "shape")
+_device, _dtype, _shape = map(operator.attrgetter, ("device", "dtype", "shape"))
 
 
 class Ready:
@@ -118,9 +118,14 @@ class Ready:
 
 def key_of(groups: list[Group]) -> tuple[Any, ...] | None:
     """All that decides how tensors on GPUs are served and where they lie; None where that takes a closer look."""
+    if torch.compiler.is_compiling():
+        return None
     params = [param for _, some, _ in groups for param in some]
     grads: list[Any] = [param.grad for param in params]
-    if not params or not all(map(on_gpu, params)) or gpu.missing() or gpu.capturing():
+    devices = list(map(_device, params))
+    if not params or not all(device.type in gpu.DEVICE_TYPES for device in {*devices}):
+        return None
+    if gpu.missing() or gpu.capturing():
         return None
     if not {*map(type, params), *map(type, grads)} <= {Tensor, nn.Parameter}:
         return None
@@ -143,8 +148,10 @@ def key_of(groups: list[Group]) -> tuple[Any, ...] | None:
         *map(Tensor.data_ptr, grads),
         *map(Tensor.stride, params),
         *map(Tensor.stride, grads),
-        *map(_kind, params),
-        *map(_kind, grads),
+        *devices,
+        *map(_shape, params),
+        *map(_dtype, params),
+        *map(_dtype, grads),
         *map(Tensor.is_neg, params),
         *map(Tensor.is_neg, grads),
     )
