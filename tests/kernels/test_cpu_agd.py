@@ -236,7 +236,7 @@ def test_one_step_size_for_what_is_served_and_the_rest(monkeypatch: pytest.Monke
             served.append(len(tensors))
             super().__init__(tensors)
 
-    monkeypatch.setattr("archopt.optim.agd_fused.STEPS", {"cpu": Counted})
+    monkeypatch.setattr(cpu_agd, "AGDStep", Counted)
     make = lambda: [nn.Parameter(random(4, 3)), nn.Parameter(random(4, 6, seed=1)[:, ::2])]  # noqa: E731
     mixed, plain = make(), make()
     for params in (mixed, plain):

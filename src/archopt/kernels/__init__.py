@@ -5,7 +5,7 @@ None takes a kernel for every tensor that one can serve and another form for the
 served, with the reason; False takes none.
 
     cpu     Nero, AGD, AutoNero on the CPU: a library of C, built with the package, given a C compiler
-    gpu     Nero, AutoNero on the GPU: Triton, which torch's CUDA builds bring along; compiled at the first step
+    gpu     Nero, AGD, AutoNero on the GPU: Triton, part of torch's CUDA builds; compiled at the first step
 """
 
 from archopt.kernels.cpu import Status

@@ -20,7 +20,7 @@ ARGUMENTS = (
 
 
 class AGDTensor(NamedTuple):
-    """A weight with its gradient, both on the CPU, and what AGD knows of it."""
+    """A weight with its gradient, both on one device, and what AGD knows of it."""
 
     weight: Tensor
     grad: Tensor

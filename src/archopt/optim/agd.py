@@ -11,16 +11,16 @@ the Frobenius norm of each tap, where ||g||* is the sum over taps of ||g||_F and
 stand in `archopt.optim.oracles`.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from archopt.kernels import gpu
 from archopt.kernels.cpu_agd import AGDTensor
 from archopt.optim import oracles
-from archopt.optim.agd_fused import fused_agd, served, unserved
+from archopt.optim.agd_fused import Group, Move, Ready, fused_agd, key_of, served, unserved
 from archopt.optim.base import (
     ArchOptimizer,
     Params,
@@ -68,10 +68,6 @@ class Block(NamedTuple):
         return eta if self.lr is None else eta * self.lr
 
 
-Move = Callable[[Tensor], None]
-"""Moves weights, given eta."""
-
-
 class AGD(ArchOptimizer):
     """Automatic gradient descent: no learning rate, no momentum, no state (2304.05187).
 
@@ -87,7 +83,7 @@ class AGD(ArchOptimizer):
         maximize: ascend instead.
         foreach: batch operations over tensors, for a copy of the gradients during the step; None means True where
             no kernel serves.
-        fused: two calls of a kernel for all tensors (`archopt.kernels.status`; CPU alone so far). None, with
+        fused: two calls of a kernel for all tensors of a type (`archopt.kernels.status`). None, with
             foreach=None, takes it for every tensor that it serves. True refuses the others, with the reason.
         capturable: accepted as in torch's optimisers; a step never reads the device in any case.
 
@@ -145,11 +141,17 @@ class AGD(ArchOptimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults)
+        self._forget_plans()
         self._reset_report()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._forget_plans()  # what was prepared for another optimizer's tensors is of no use
         self._reset_report()
+
+    def _forget_plans(self) -> None:
+        self._plans = gpu.Plans()
+        self._ready = gpu.Plans()
 
     def _reset_report(self) -> None:
         device = self._home()
@@ -186,18 +188,24 @@ class AGD(ArchOptimizer):
             if isinstance(param, Tensor) and param.requires_grad and param.numel() > 0:
                 unserved(param, group)
 
-    def _blocks(self) -> tuple[list[Block], list[Block], list[AGDTensor]]:
+    def _groups(self) -> list[Group]:
+        """The groups with their parameters that have a gradient, and how many require one."""
+        found = []
+        for group in self.param_groups:
+            params = self._trainable(group)
+            found.append((group, [param for param in params if param.grad is not None], len(params)))
+        return found
+
+    def _blocks(self, groups: list[Group]) -> tuple[list[Block], list[Block], list[AGDTensor]]:
         """The parameters that have a gradient, for the plain, the foreach and the fused form.
 
         Those without one keep their share reserved: ranks and steps must not differ by which gradients exist.
         """
-        groups = [(group, self._trainable(group)) for group in self.param_groups]
-        total = sum(len(params) * g["share"] * g["uses"] * g["slices"] for g, params in groups)
+        total = sum(count * g["share"] * g["uses"] * g["slices"] for g, _, count in groups)
         plain: list[Block] = []
         batched: list[Block] = []
         fused: list[AGDTensor] = []
-        for group, params in groups:
-            params = [param for param in params if param.grad is not None]
+        for group, params, _ in groups:
             lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else None
             pace = (1.0 if lr is not None else group["lr"]) * group["gain"]
             pace = -pace if group["maximize"] else pace
@@ -214,13 +222,28 @@ class AGD(ArchOptimizer):
                     fused.append(AGDTensor(weight, grad, layout, reach, pace, lr))
         return plain, batched, fused
 
+    def _begin(self) -> tuple[list[Tensor], list[Move]]:
+        """The terms m r ||g||* of G, and what moves the weights once eta is known."""
+        groups = self._groups()
+        capturable = any(group["capturable"] for group in self.param_groups)
+
+        def find() -> Ready | None:
+            plain, batched, fused = self._blocks(groups)
+            keeps = [(group["lr"], params) for group, params, _ in groups]
+            if plain or batched:
+                return None
+            return Ready(fused, self._plans, capturable=capturable, keeps=keeps)
+
+        key = key_of(groups)
+        if key is not None and (ready := self._ready.get(key, find)):
+            return ready.begin(groups)
+        plain, batched, fused = self._blocks(groups)
+        begun = [_single_tensor_agd(plain), _foreach_agd(batched)]
+        begun.append(fused_agd(fused, self._plans, capturable=capturable))
+        return [term for terms, _ in begun for term in terms], [move for _, moves in begun for move in moves]
+
     def _update(self) -> None:
-        plain, batched, fused = self._blocks()
-        terms: list[Tensor] = []
-        moves: list[Move] = []
-        for more_terms, more_moves in (_single_tensor_agd(plain), _foreach_agd(batched), fused_agd(fused)):
-            terms += more_terms
-            moves += more_moves
+        terms, moves = self._begin()
         home = self._home()
         if self._eta.device != home:  # the model was moved
             self._reset_report()

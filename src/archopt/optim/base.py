@@ -134,9 +134,9 @@ class ArchOptimizer(Optimizer):
 
     def _create_state(self) -> None:
         """State for all trainable parameters at once, so that ranks agree on what exists."""
-        for group in self.param_groups:
+        for group in self.param_groups if self.state_names else []:
             for param in self._trainable(group):
-                if self.state_names and not self.state[param]:
+                if not self.state[param]:
                     self.state[param].update(self._init_state(param, group))
 
     def _check_gradients(self) -> None:

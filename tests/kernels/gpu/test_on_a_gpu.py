@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from archopt import Nero
+from archopt import AGD, Nero
 from archopt.kernels import gpu
 
 pytestmark = pytest.mark.usefixtures("real_gpu")
@@ -148,3 +148,82 @@ def test_the_kernel_serves_by_default(device: str) -> None:
         patch.setattr(gpu, "nero", lambda launches, o: (found.append(launches.tensors), call(launches, o)))
         optimizer.step()
     assert sum(found) == len(list(net.parameters()))
+
+
+# -- AGD ---------------------------------------------------------------------------------------------------
+
+
+def test_a_step_of_agd_does_not_wait_for_the_device(device: str) -> None:
+    net = model()
+    optimizer = AGD(net, fused=True)
+    images = torch.randn(4, 3, 8, 8, device=device)
+    for t in range(4):
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(net, images).backward()
+        if t == 2:  # memory that no step has seen
+            for param in net.parameters():
+                param.grad = param.grad.clone()
+        optimizer.param_groups[0]["lr"] = 1.0 / (1 + t)  # as a scheduler does
+        if t:  # the first step compiles
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_step_of_agd_follows_the_eager_one(device: str) -> None:
+    net = model()
+    rate, other_rate = (torch.tensor(1.0, device=device) for _ in range(2))
+    images = torch.randn(4, 3, 8, 8, device=device)
+    twin = copy.deepcopy(net)
+    optimizer, other = AGD(net, fused=True, capturable=True), AGD(twin, fused=True)
+    for opt, lr in ((optimizer, rate), (other, other_rate)):
+        for group in opt.param_groups:
+            group["lr"] = lr
+
+    def train(net: nn.Module, optimizer: AGD) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(net, images).backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            train(net, optimizer)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.no_grad():
+        for a, b in zip(twin.parameters(), net.parameters(), strict=True):
+            a.copy_(b)
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        loss_of(net, images).backward()
+        optimizer.step()
+    for t in range(4):
+        rate.fill_(1.0 / (1 + t))
+        other_rate.fill_(1.0 / (1 + t))
+        graph.replay()
+        train(twin, other)
+        if t == 1:  # an eager step between replays must not disturb the graph
+            kept = [param.grad for param in net.parameters()]
+            train(net, optimizer)
+            train(twin, other)
+            for param, grad in zip(net.parameters(), kept, strict=True):
+                param.grad = grad
+        torch.testing.assert_close(optimizer.eta, other.eta, rtol=1e-4, atol=0.0)
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_a_step_of_agd_takes_no_copy_of_its_tensors(device: str) -> None:
+    params = [nn.Parameter(torch.randn(2048, 2048, device=device)) for _ in range(8)]
+    optimizer = AGD(params, fused=True)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before <= 0.01 * sum(p.numel() * 4 for p in params)
