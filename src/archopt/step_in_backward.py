@@ -87,10 +87,13 @@ class StepInBackward:
         self._updated: set[Tensor] = set()
         self._lock = threading.Lock()  # backward runs one thread for each device
         self._handles: list[Any] = [optimizer.register_step_post_hook(self._close)]
+        number = 0
         for index, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
                 if param.requires_grad:
-                    self._handles.append(param.register_post_accumulate_grad_hook(self._hook(index)))
+                    hook = self._hook(index, number)
+                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
+                number += 1
         _attached.add(optimizer)
 
     def remove(self) -> None:
@@ -115,8 +118,9 @@ class StepInBackward:
     def _close(self, *_: Any) -> None:
         self._updated.clear()
 
-    def _hook(self, index: int) -> Any:
-        """What is called with each weight of a group when its gradient is complete."""
+    def _hook(self, index: int, number: int) -> Any:
+        """What is called with the gradient of a weight of a group, the optimiser's `number`-th."""
+        kept = self._optimizer._nothing_kept()
 
         @torch.no_grad()
         def update(param: Tensor) -> None:
@@ -124,7 +128,7 @@ class StepInBackward:
                 return
             with self._lock:
                 self._check(param, index)
-                self._optimizer._step_alone(self._optimizer.param_groups[index], param)
+                self._optimizer._step_alone(self._optimizer.param_groups[index], param, number, kept)
                 self._updated.add(param)
             param.grad = None
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import archopt
 from archopt import Nero
 from archopt.kernels import cpu
 from kernels.test_cpu import bits, channels_last, random, refusal, with_kernel
@@ -172,3 +173,20 @@ def test_it_is_refused_where_it_cannot_be_had_before_anything_moves(dtype, optio
 def test_it_is_true_or_false() -> None:
     with pytest.raises(TypeError, match="stochastic_rounding='yes'"):
         Nero([nn.Parameter(random(4, 3))], stochastic_rounding="yes")  # type: ignore[arg-type]
+
+
+@with_kernel
+def test_a_step_in_backward_draws_the_numbers_of_the_ordinary_step() -> None:
+    torch.manual_seed(0)
+    ordinary = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)]).bfloat16()
+    stepping = copy.deepcopy(ordinary)
+    optimizers = [Nero(net.parameters(), stochastic_rounding=True) for net in (ordinary, stepping)]
+    archopt.step_in_backward(optimizers[1])
+    inputs = torch.randn(8, 64).bfloat16()
+    for _ in range(3):
+        for net, optimizer in zip((ordinary, stepping), optimizers, strict=True):
+            net(inputs).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(ordinary.parameters(), stepping.parameters(), strict=True):
+        assert torch.equal(a, b)

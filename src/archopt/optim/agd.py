@@ -113,6 +113,8 @@ class AGD(ArchOptimizer):
     """
 
     needs_all_gradients = "its step size is formed from the gradients of all tensors"
+    _plans: gpu.Plans
+    _ready: gpu.Plans  # steps that kernels on GPUs serve wholly
 
     def __init__(
         self,
@@ -141,17 +143,14 @@ class AGD(ArchOptimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults)
-        self._forget_plans()
         self._reset_report()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget_plans()  # what was prepared for another optimizer's tensors is of no use
         self._reset_report()
 
-    def _forget_plans(self) -> None:
-        self._plans = gpu.Plans()
-        self._ready = gpu.Plans()
+    def _nothing_kept(self) -> dict[str, Any]:
+        return {"_plans": gpu.Plans(), "_ready": gpu.Plans()}
 
     def _reset_report(self) -> None:
         device = self._home()

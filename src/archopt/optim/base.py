@@ -61,6 +61,9 @@ class ArchOptimizer(Optimizer):
     needs_all_gradients: ClassVar[str] = "its rule does not say that it treats every tensor by itself"
     """Why no tensor can be updated before all gradients are there; empty for rules that treat each by itself."""
 
+    _first_number = 0
+    """The number of the first parameter: not 0 in a copy that steps one parameter alone."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__init__ = _refuse_unknown_options(cls.__init__)  # type: ignore[method-assign]
@@ -68,6 +71,7 @@ class ArchOptimizer(Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         if isinstance(params, Tensor):
             raise TypeError("params is a single tensor; pass a module or an iterable such as [tensor]")
+        self.__dict__.update(self._nothing_kept())
         super().__init__(params, defaults)
 
     # -- what a rule provides ------------------------------------------------------------------------------
@@ -80,6 +84,10 @@ class ArchOptimizer(Optimizer):
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of one parameter before its first step."""
+        return {}
+
+    def _nothing_kept(self) -> dict[str, Any]:
+        """Attributes in which steps keep what they found, such as launches, as they are before the first."""
         return {}
 
     def _update(self) -> None:
@@ -177,15 +185,16 @@ class ArchOptimizer(Optimizer):
         self._create_state()
         self._update()
 
-    def _step_alone(self, group: dict[str, Any], param: Tensor) -> None:
+    def _step_alone(self, group: dict[str, Any], param: Tensor, number: int, kept: dict[str, Any]) -> None:
         """The same step for one parameter of a group, as if there were no other; for `step_in_backward`.
 
+        `number` is the parameter's in the optimizer. `kept` is what `_nothing_kept` gave, one for each parameter.
         Sound for rules without `needs_all_gradients`. Raises TypeError for sparse gradients.
         """
-        alone = object.__new__(
-            type(self)
-        )  # shares options and state; a step in another thread does not see it
-        alone.__dict__ = {**self.__dict__, "param_groups": [{**group, "params": [param]}]}
+        # A copy that shares options and state: a step in another thread does not see it.
+        alone = object.__new__(type(self))
+        alone.__dict__ = {**self.__dict__, **kept, "param_groups": [{**group, "params": [param]}]}
+        alone._first_number = number
         alone._check_gradients()
         alone._create_state()
         alone._update()
@@ -199,6 +208,9 @@ class ArchOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.update(
+            self._nothing_kept()
+        )  # what was found for another optimizer's tensors is of no use
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

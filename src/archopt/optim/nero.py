@@ -119,7 +119,11 @@ class Nero(ArchOptimizer):
 
     state_names = ("step", "exp_avg_sq", "scale", "turn", "skipped")
     needs_all_gradients = ""
-    _last: tuple[list[nero_gpu.Members], nero_gpu.Served] | None  # what the kernel on a GPU did
+    # What steps keep; `_last` is what the kernel on a GPU did.
+    _plans: gpu.Plans
+    _kept: Kept
+    _steady: Steady
+    _last: tuple[list[nero_gpu.Members], nero_gpu.Served] | None
 
     def __init__(
         self,
@@ -155,16 +159,10 @@ class Nero(ArchOptimizer):
             "capturable": capturable,
             "stochastic_rounding": stochastic_rounding,
         }
-        self._plans = gpu.Plans()
-        self._kept = Kept()
-        self._steady = Steady()
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._plans = gpu.Plans()  # what was prepared for another optimizer's tensors is of no use
-        self._kept = Kept()  # nor is what was found for them
-        self._steady = Steady()
+    def _nothing_kept(self) -> dict[str, Any]:
+        return {"_plans": gpu.Plans(), "_kept": Kept(), "_steady": Steady(), "_last": None}
 
     def mean_turn(self) -> dict[str, Tensor]:
         """Mean turn of the last step in radians, by role (by group where no roles are known), as 0-d tensors."""
@@ -227,7 +225,7 @@ class Nero(ArchOptimizer):
 
     def _update(self) -> None:
         groups: list[nero_gpu.Members] = []
-        number = 0
+        number = self._first_number
         for group in self.param_groups:
             params = [p for p in self._trainable(group) if p.grad is not None]
             groups.append(nero_gpu.Members(group, params, [self.state[p] for p in params], number))
