@@ -153,6 +153,10 @@ class Plans:
 
 ENTRIES, TILES, ALIGNED_TILES, LONG, ALIGNED_LONG, SIDE_BY_SIDE, IN_RUNS = range(7)  # as in triton_nero.py
 VECTOR = 16  # bytes
+MANY = (
+    2**14
+)  # blocks of a launch from which on programs work on several, and spend less on finding out what to do
+MOST_BLOCKS = 16
 FEW = 2**24  # entries, idle ones too: where the next wider tile would hold fewer, it spares a launch
 
 
@@ -271,10 +275,10 @@ def nero_launches(tensors: Sequence[NeroTensor], plans: Plans, *, capturable: bo
     turns = torch.empty(sum(counts), dtype=torch.float32, device=device)
     skipped = torch.empty(sum(counts), dtype=torch.int32, device=device)
     calls = []
-    for (options, dtype, shape), begin, count in parts:
+    for (options, dtype, shape), begin, count, blocks in parts:
         constants = {"DTYPE": code.TYPES[dtype], "KIND": shape.kind, "R": shape.rows, "C": shape.columns}
         constants["num_warps"] = shape.warps
-        calls.append(Call(options, dtype, (count,), (table, units, turns, skipped, begin), constants))
+        calls.append(Call(options, dtype, (count,), (table, units, turns, skipped, begin, blocks), constants))
     return Launches(table, turns, skipped, tuple(calls), len(tensors))
 
 
@@ -302,26 +306,36 @@ def _joined(shapes: list[Shape], neurons: list[int]) -> list[Shape]:
 
 def _units(
     geometry: Sequence[tuple[Work, Layout]], upload: Callable[[Tensor], Tensor]
-) -> tuple[tuple[tuple[Work, int, int], ...], Tensor, list[int], list[int]]:
-    """The launches, with their first unit and how many; the units on the device, int32 of (units, 2): tensor and
-    first neuron; and for each tensor its first unit and how many."""
+) -> tuple[tuple[tuple[Work, int, int, int], ...], Tensor, list[int], list[int]]:
+    """The launches, with their first unit, how many, and the blocks of a unit; the units on the device, int32 of
+    (units, 2): tensor and first neuron; and for each tensor its first unit and how many."""
     firsts, counts = [0] * len(geometry), [0] * len(geometry)
     calls, parts, total = [], [], 0
     for work in dict.fromkeys(work for work, _ in geometry):
-        begin = total
+        begin, blocks = total, _blocks(work.shape, [layout for own, layout in geometry if own == work])
         for i, (own, (batches, spread, rows, _)) in enumerate(geometry):
             if own != work:
                 continue
             if spread == 1:  # neurons of all batches follow one another
                 batches, rows = 1, batches * rows
-            starts = torch.arange(0, rows, work.shape.rows) + rows * torch.arange(batches).unsqueeze(1)
+            starts = torch.arange(0, rows, blocks * work.shape.rows) + rows * torch.arange(batches).unsqueeze(
+                1
+            )
             parts.append(torch.stack([torch.full_like(starts, i), starts], dim=-1).reshape(-1, 2))
             firsts[i], counts[i] = total, starts.numel()
             total += starts.numel()
-        calls.append((work, begin, total - begin))
+        calls.append((work, begin, total - begin, blocks))
     # Two int32 travel as one int64.
     packed = torch.cat(parts).to(torch.int32).contiguous().view(torch.int64).reshape(-1)
     return tuple(calls), upload(packed).view(torch.int32), firsts, counts
+
+
+def _blocks(shape: Shape, layouts: Sequence[Layout]) -> int:
+    """How many times `shape.rows` neurons a program works on, one after another."""
+    if shape.kind not in (TILES, ALIGNED_TILES):
+        return 1
+    blocks = sum(-(-batches * rows // shape.rows) for batches, _, rows, _ in layouts)
+    return min(MOST_BLOCKS, max(1, blocks // MANY))
 
 
 def nero(launches: Launches, options: Sequence[Options]) -> None:

@@ -61,9 +61,8 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _decide(square, v_ptr, at, inside, pace, beta, rest, lr):
+def _decide(square, old, v_ptr, at, inside, pace, beta, rest, lr):
     """v of neurons whose squared gradient norms are given; their stride, their turn, and who moves."""
-    old = tl.load(v_ptr + at, mask=inside, other=0.0)
     finite = square < float("inf")  # false for NaN too
     v = tl.where(finite, beta * old + rest * square, old)
     tl.store(v_ptr + at, v, mask=inside & finite)
@@ -121,7 +120,8 @@ def _entries(w_ptr, g_ptr, v_ptr, first, count, pace, beta, rest, lr, sign, numb
     inside = at < count
     g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    stride, turn, moves, skipped = _decide(g * g, v_ptr, at, inside, pace, beta, rest, lr)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    stride, turn, moves, skipped = _decide(g * g, v, v_ptr, at, inside, pace, beta, rest, lr)
     keys = _keys(number, step, at, STOCHASTIC)
     _put(w_ptr + at, w - (sign * stride) * g, moves, keys, at * 0, STOCHASTIC)
     return tl.sum(turn, 0), tl.sum(skipped.to(tl.int32), 0)
@@ -140,8 +140,10 @@ def _tile(w_ptr, g_ptr, v_ptr, first, count, fan_in, pace, beta, rest, lr, sign,
     g_ptr += first.to(tl.int64) * fan_in
     g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + first + row, mask=inside, other=0.0)  # before any sum, which all have to wait for
     n = fan_in.to(tl.float32)
-    stride, turn, moves, skipped = _decide(tl.sum(g * g, 1), v_ptr, first + row, inside, pace, beta, rest, lr)
+    square = tl.sum(g * g, 1)
+    stride, turn, moves, skipped = _decide(square, v, v_ptr, first + row, inside, pace, beta, rest, lr)
     w = w - (sign * stride)[:, None] * g
     mean = tl.where((flags & ZERO_MEAN) != 0, tl.sum(w, 1) / n, 0.0)
     w = tl.where(mask, w - mean[:, None], 0.0)
@@ -209,7 +211,8 @@ def _long(w_ptr, g_ptr, v_ptr, first, fan_in, rows, run, pace, beta, rest, lr, s
 
     neuron = batch * rows + row
     square = sum_gg.to(tl.float32)
-    stride, turn, moves, skipped = _decide(square, v_ptr, neuron, inside, pace, beta, rest, lr)
+    v = tl.load(v_ptr + neuron, mask=inside, other=0.0)
+    stride, turn, moves, skipped = _decide(square, v, v_ptr, neuron, inside, pace, beta, rest, lr)
     stride = sign * stride
     t = stride.to(tl.float64)
     n = fan_in.to(tl.float32)
@@ -264,10 +267,10 @@ def _correction(beta_log, step):
 
 
 @triton.jit(do_not_specialize=["flags", "base"])
-def nero(table_ptr, work_ptr, turns_ptr, skipped_ptr, base, rate_ptr, lr, beta, rest, beta_log, flags,
+def nero(table_ptr, work_ptr, turns_ptr, skipped_ptr, base, blocks, rate_ptr, lr, beta, rest, beta_log, flags,
          DTYPE: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
          STOCHASTIC: tl.constexpr):  # fmt: skip
-    """Unit `base` + the program's number: R neurons, C entries of each at a time.
+    """Unit `base` + the program's number: R neurons, C entries of each at a time; of tiles, so many blocks of them.
 
     lr, or *rate_ptr; beta, rest = 1 - beta and beta_log = log(beta), each as close as float32 can be.
     """
@@ -299,8 +302,13 @@ def nero(table_ptr, work_ptr, turns_ptr, skipped_ptr, base, rate_ptr, lr, beta, 
         turn, skipped = _entries(w_ptr, g_ptr, v_ptr, first, count, pace, beta, rest, lr, sign, number, step,
                                  R, STOCHASTIC)  # fmt: skip
     elif KIND == TILES or KIND == ALIGNED_TILES:
-        turn, skipped = _tile(w_ptr, g_ptr, v_ptr, first, count, fan_in, pace, beta, rest, lr, sign, flags,
-                              number, step, R, C, STOCHASTIC)  # fmt: skip
+        turn = 0.0
+        skipped = 0
+        for block in range(blocks):
+            more_turn, more_skipped = _tile(w_ptr, g_ptr, v_ptr, first + block * R, count, fan_in, pace, beta, rest,
+                                            lr, sign, flags, number, step, R, C, STOCHASTIC)  # fmt: skip
+            turn += more_turn
+            skipped += more_skipped
     else:
         rows = tl.load(line + ROWS).to(tl.int32)
         run = tl.load(line + RUN).to(tl.int32)

@@ -231,6 +231,36 @@ def test_tensors_of_all_sizes_and_types_step_together_as_each_does_alone(device:
         assert gap(a.reshape(1, -1), b.detach().cpu().reshape(1, -1)) <= TOLERANCE[a.dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_programs_of_several_blocks_do_what_several_programs_do(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large tensors: here the least that several blocks are taken for is lowered, so that small ones are large."""
+    one, several = (
+        [placed(random(n, k), device) for n, k in ((13, 130), (3, 2044), (9, 24))] for _ in range(2)
+    )
+    found = []
+    made = calls(monkeypatch)
+    for tensors, many in ((one, gpu.MANY), (several, 4)):
+        monkeypatch.setattr(gpu, "MANY", many)
+        params = [nn.Parameter(tensor.to(dtype)) for tensor in tensors]
+        optimizer = Nero(params, fused=True, stochastic_rounding=dtype == torch.bfloat16)
+        for t in range(3):
+            give_gradients(params, t)
+            params[0].grad.view(-1)[5 * 130] = math.nan  # type: ignore[union-attr]
+            optimizer.step()
+        found.append((params, [optimizer.state[param] for param in params]))
+    single, more = (max(call.arguments[-1] for call in launches.calls) for launches in (made[0], made[-1]))
+    assert single == 1 < more
+    (params, states), (others, their_states) = found
+    for param, other, state, theirs in zip(params, others, states, their_states, strict=True):
+        assert torch.equal(param, other)
+        assert torch.equal(state["exp_avg_sq"], theirs["exp_avg_sq"])
+        assert torch.equal(state["skipped"], theirs["skipped"])
+        assert float((state["turn"] / theirs["turn"] - 1).abs()) <= 1e-6
+    assert int(states[0]["skipped"]) == 3
+
+
 def test_small_size_classes_join_wider_ones() -> None:
     """Launches cost time: tiles of which there is little work are done with the next wider ones."""
     narrow, wide = gpu.ALIGNED[0], gpu.ALIGNED[3]
