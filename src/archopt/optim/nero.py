@@ -239,7 +239,8 @@ class Nero(ArchOptimizer):
             rest = [others[i] for i in found.rest]
             check_rounding(params, rest, group)
             work.append((group, others, found, rest, [their_states[i] for i in found.rest]))
-        self._last = (groups, on_gpu) if on_gpu.launches else None
+        if not torch.compiler.is_compiling():  # which cannot follow it, and needs no launches
+            self._last = (groups, on_gpu) if on_gpu.launches else None
         nero_gpu.gpu_nero(on_gpu, groups)
         for group, others, found, rest, states in work:
             fused_nero(found, others, group)

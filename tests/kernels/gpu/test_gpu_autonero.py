@@ -132,7 +132,7 @@ def test_halves_follow_float32(dtype: torch.dtype) -> None:
         assert found[name].dtype == dtype
         expected[name] = expected[name].to(dtype)
         assert found[f"{name}/movement"].dtype == torch.float32
-    assert_close(found, expected, torch.finfo(dtype).eps / 8, 1e-6)
+    assert_close(found, expected, torch.finfo(dtype).eps / 8, MOVEMENT)
 
 
 def test_a_tensor_rate_is_a_float_rate() -> None:
@@ -142,7 +142,7 @@ def test_a_tensor_rate_is_a_float_rate() -> None:
         group["lr"] = group["lr"].to(DEVICE)
     steps(model, fused, range(3))
     steps(twin, other, range(3))
-    assert_close(values(twin, other), values(model, fused), 1e-6, 1e-5)
+    assert_close(values(twin, other), values(model, fused), WEIGHTS, MOVEMENT)
 
 
 def test_the_same_bits_every_time() -> None:
