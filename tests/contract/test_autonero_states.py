@@ -360,10 +360,12 @@ def test_padding_rows_stay_zero_and_absent_tokens_keep_their_bits() -> None:
     assert torch.equal(model[0].weight[4:], absent)
 
 
-def test_embeddings_start_at_rms_one_and_everything_else_as_it_was() -> None:
+def test_construction_changes_nothing_but_embeddings_that_are_to_have_rms_one() -> None:
     model = build()
     before = copy.deepcopy(model)
     AutoNero(model)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+    AutoNero(model, embedding_radius="rms")
     for name, param in model.named_parameters():
         if name == "0.weight":
             assert torch.allclose(param.square().mean(1), torch.ones(5))
@@ -371,7 +373,7 @@ def test_embeddings_start_at_rms_one_and_everything_else_as_it_was() -> None:
         else:
             assert torch.equal(param, before.get_parameter(name)), name
     again = copy.deepcopy(model)
-    AutoNero(again)
+    AutoNero(again, embedding_radius="rms")
     assert torch.equal(again[0].weight, model[0].weight)
     AutoNero(before, embedding_radius="own")
     assert not torch.allclose(before[0].weight.square().mean(1), torch.ones(5))

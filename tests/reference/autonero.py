@@ -27,6 +27,7 @@ class Variable:
     values: Tensor
     family: str  # hidden, head, embedding, vector
     blocks: Blocks = field(default_factory=list)
+    scaled: bool = False  # rows of an embedding to RMS 1 at the start
     bias: str = ""  # of a head: the name of the variable that is its bias
     t: int = 0
     m: Tensor = field(init=False)
@@ -43,7 +44,7 @@ class Variable:
             self.v = [0.0] * len(self.values)
             return
         self.v = [0.0] * len(self.rows())
-        if self.family == "embedding":
+        if self.family == "embedding" and self.scaled:
             for row in self.rows():
                 if self.norm(row) > 0:
                     self.values[row] *= math.sqrt(len(row)) / self.norm(row)
@@ -57,6 +58,9 @@ class Variable:
         else:
             grown = 1 / math.sqrt(3)
         self.grows_to = [grown if norm == 0 else 0.0 for norm in self.R]
+        if self.family == "embedding" and not self.scaled:
+            full = math.sqrt(len(self.rows()[0]))
+            self.grows_to = [full if norm < full else 0.0 for norm in self.R]
 
     def rows(self) -> list[list[int]]:
         return [row for block in self.blocks for row in block]
@@ -80,7 +84,8 @@ def polar(matrix: Tensor) -> Tensor:
 class Reference:
     """The rule over named variables. `step` takes flat gradients, None where a tensor has none.
 
-    `derivation`: heads turn as other rows do, and radii follow with half of the exponent.
+    `derivation`: heads turn as other rows do, radii follow with half of the exponent, and slopes above 0 ask for
+    longer steps, however little above.
     """
 
     def __init__(
@@ -92,7 +97,7 @@ class Reference:
         matrices = sum(variable.family in ("hidden", "head") for variable in variables.values())
         self.theta0, self.theta = theta0, min(theta0, 1 / (8 * max(matrices, 1)))
         self.rho, self.C, self.G, self.f = 0.0, 0.0, 0.0, 1.0
-        self.c, self.e, self.q, self.B = 0.0, 0.0, 0.0, 0.0
+        self.c, self.e, self.q, self.B, self.D = 0.0, 0.0, 0.0, 0.0, 0.0
         self.skipped = 0
 
     def step(self, gradients: dict[str, Tensor | None], lr: float = 1.0) -> None:
@@ -112,6 +117,7 @@ class Reference:
         self.C = sum(float(g @ self.variables[name].d) for name, g in present.items())
         self.t += 1
         if self.t > 1 and lr != 0:
+            self.D = LAMBDA * self.D + (1 - LAMBDA) * abs(self.C - self.c)
             self.c = LAMBDA * self.c + (1 - LAMBDA) * self.C
             self.e = LAMBDA * self.e + (1 - LAMBDA) * self.G
             self.rho = min(2.0, max(-2.0, self.c / self.e)) if self.e > 0 else 0.0
@@ -119,7 +125,10 @@ class Reference:
             begins = self.theta0 * 2 ** (self.t - 1) < 0.01
             self.theta *= 2 if begins else math.exp(exponent)
             heat = self.e / (1 - LAMBDA ** (self.t - 1)) * math.sqrt(self.t)
-            if self.rho > 0 or begins or self.B == 0:
+            error = math.sqrt(math.pi / 2) * self.D / (1 - LAMBDA ** (self.t - 1))
+            error *= math.sqrt((1 - LAMBDA) / (1 + LAMBDA))
+            asks = self.rho > 0 and (self.derivation or self.c > 2 * error)
+            if asks or begins or self.B == 0:
                 self.B = max(self.B, self.theta * heat)
             if heat > 0:
                 self.theta = min(self.theta, self.B / heat)

@@ -52,7 +52,16 @@ FAMILIES = ("hidden", "head", "embedding", "vector")
 RADII = ("own", "unit", "rms")
 EMBEDDING_RADII = (*RADII, "grow")
 HEADS = ("plain", "turn")
-SHARED = ("feedback_decay", "feedback_gain", "target", "target_steps", "bound", "initial_theta", "limit")
+SHARED = (
+    "feedback_decay",
+    "feedback_gain",
+    "target",
+    "target_steps",
+    "bound",
+    "bound_errors",
+    "initial_theta",
+    "limit",
+)
 """Options of the one feedback that all groups share: they must agree between groups."""
 
 
@@ -67,16 +76,16 @@ class AutoNero(ArchOptimizer):
         beta, beta2: averaging constants of the gradients and of their squares, in [0, 1).
         feedback_decay, feedback_gain: lambda, the memory of the feedback, and kappa, how fast the angle follows it.
         target, target_steps: tau and T. The angle settles where rho = -tau / sqrt(1 + t/T).
-        bound: how far sqrt(t) theta e may stand above the most that slopes have asked for; a huge
-            number is no bound.
+        bound, bound_errors: how far sqrt(t) theta e may stand above the most that slopes have asked for; a huge
+            number is no bound. Slopes ask while c is above 0 by more than so many of its standard errors.
         initial_theta: the angle of the first step, in radians; at most 1/(8L) is taken, with L matrices (embeddings
             not counted), since their turns multiply. One below 0.01 doubles at every step until it is there.
         limit: gradients longer than this many times their running size are shortened to it.
         radius: "own": rows of hidden matrices and heads keep their initial norms as first radii. "unit": they are
             scaled to norm 1 at construction, which very deep plain networks need.
-        embedding_radius: "rms": rows of embeddings are scaled to RMS 1 at construction, and keep it. "grow":
-            nothing is scaled; shorter rows take plain steps until these have brought them there. "own": they keep
-            the norm that they have, which a trained network needs.
+        embedding_radius: "grow": rows of embeddings that are shorter than RMS 1 take plain steps until these have
+            brought them there; nothing is scaled. "own": they keep the norm that they have, which a trained network
+            needs. "rms": they are scaled to RMS 1 at construction, and keep it. "unit": likewise, to norm 1.
         radius_exponent: how fast the radius of a hidden row (and of a head that turns) follows its gradient.
         head: "plain": rows of the head take plain steps, measured by the features that they read. "turn": they turn
             as other rows do, with radii, as in the first derivation.
@@ -92,8 +101,8 @@ class AutoNero(ArchOptimizer):
             for every tensor that they serve. True refuses the others, with the reason.
         capturable: for torch's own check under CUDA graphs; the step never waits for the device anyway.
 
-    Construction changes embeddings (see `embedding_radius`) and nothing else. Rows of norm 0, such as padding, are
-    never scaled. A group added later without a `family` takes its matrices as hidden ones, all else as vectors.
+    Construction changes nothing, unless a radius is "unit" or "rms"; rows of norm 0, such as padding, are never
+    scaled. A group added later without a `family` takes its matrices as hidden ones, all else as vectors.
 
     The angle `theta`, the quotient `rho`, the slope `C` and its expectation `G` are 0-d tensors to log. A step with
     a gradient that is not finite changes nothing and is counted in `skipped`; a step whose gradients are all zero
@@ -139,10 +148,11 @@ class AutoNero(ArchOptimizer):
         target: float = 0.15,
         target_steps: float = 100.0,
         bound: float = 1.0,
+        bound_errors: float = 2.0,
         initial_theta: float = 1e-3,
         limit: float = 2.0,
         radius: str = "own",
-        embedding_radius: str = "rms",
+        embedding_radius: str = "grow",
         radius_exponent: float = 1.0,
         head: str = "plain",
         head_gain: float = 8.0,
@@ -174,6 +184,7 @@ class AutoNero(ArchOptimizer):
             "target": target,
             "target_steps": target_steps,
             "bound": bound,
+            "bound_errors": bound_errors,
             "initial_theta": initial_theta,
             "limit": limit,
             "radius": radius,
@@ -233,7 +244,7 @@ class AutoNero(ArchOptimizer):
     # -- groups and state ----------------------------------------------------------------------------------
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "feedback_gain", "target", "radius_exponent", "head_gain"):
+        for name in ("lr", "feedback_gain", "target", "bound_errors", "radius_exponent", "head_gain"):
             check_range("AutoNero", name, group[name], low=0.0)
         for name in ("beta", "beta2", "feedback_decay"):
             check_range("AutoNero", name, group[name], low=0.0, high=1.0)

@@ -5,11 +5,13 @@ For all tensors together, at step t = 1, 2, ... with gradients g:
     N      =  sqrt(sum ||g||^2)
     g     <-  g * min(1, 2 sqrt(q / (1 - beta2^(t-1))) / N)          (limit; from the second step)
     q     <-  beta2 q + (1 - beta2) ||g||^2                          (of the limited gradients)
-    C      =  sum <g, d>,   c <- lambda c + (1 - lambda) C,   e <- lambda e + (1 - lambda) G
+    C      =  sum <g, d>,   D <- lambda D + (1 - lambda) |C - c|
+    c      <- lambda c + (1 - lambda) C,   e <- lambda e + (1 - lambda) G
     rho    =  clip(c / e, -2, 2)                                     (0 where e <= 0)
     theta <-  theta exp(kappa (rho + tau / sqrt(1 + t/T)))           (from the second step; 2 theta while it begins)
-    eh     =  sqrt(t) e / (1 - lambda^(t-1)),   B <- max(B, theta eh) where rho > 0 (and while it begins)
+    eh     =  sqrt(t) e / (1 - lambda^(t-1)),   B <- max(B, theta eh) where c > 2 sigma (and while it begins)
     theta <-  clip(min(theta, B/eh), 1e-6, 1)                        (bound)
+    sigma  =  sqrt(pi/2 (1 - lambda)/(1 + lambda)) D / (1 - lambda^(t-1))   (the standard error of c)
 
 and then for every tensor, with rows w of radius R, averages m of g and v of ||g||^2 (of g^2 in a vector):
 
@@ -32,10 +34,12 @@ initial_theta 2^(t-1) < 0.01.
 
 C is the fresh gradient along the movement made before it was computed, so c/e near 1 says that the slope has not
 changed (the step was far too short), 0 that the step was the best single one. theta e is the gain that recent steps
-promised, in units of the loss; by the bound it falls as 1/sqrt(t) unless slopes ask for longer steps.
+promised, in units of the loss; by the bound it falls as 1/sqrt(t) unless slopes ask for longer steps, beyond doubt:
+where gradients are nearly all noise, c is above 0 half of the time whatever theta is.
 `docs/autonero.md` has the reasons.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -72,6 +76,8 @@ class Feedback(NamedTuple):
     """q, average of the squared norm of the limited gradients."""
     bound: Tensor
     """B, the largest sqrt(t) theta e that slopes have asked for."""
+    spread: Tensor
+    """D, average of the distance of C from c."""
     skipped: Tensor
     """Steps that were void because something was not finite."""
 
@@ -88,16 +94,19 @@ def feedback_update(
     expected_norm = (past.size / bias_correction(beta2, past.steps)).sqrt()
     f = torch.where(past.size > 0, (options["limit"] * expected_norm / norm).clamp(max=1.0), 1.0)
     t = past.steps + 1
-    C = f * product
-    slope = past.slope.lerp(C.to(past.slope), 1 - options["feedback_decay"])
-    expected = past.expected.lerp(past.G, 1 - options["feedback_decay"])
+    C, decay = f * product, options["feedback_decay"]
+    spread = past.spread.lerp((C.to(past.slope) - past.slope).abs(), 1 - decay)
+    slope = past.slope.lerp(C.to(past.slope), 1 - decay)
+    expected = past.expected.lerp(past.G, 1 - decay)
     rho = torch.where(expected > 0, slope / expected, 0.0).clamp(*RHO_RANGE)
     target = options["target"] / (1 + t / options["target_steps"]).sqrt()
     theta = past.theta * torch.exp(options["feedback_gain"] * (rho + target))
     begins = options["initial_theta"] * 2.0**past.steps < BEGUN
     theta = torch.where(begins, 2 * past.theta, theta)
-    heat = t.sqrt() * expected / bias_correction(options["feedback_decay"], past.steps)
-    asked = (rho > 0) | begins | (past.bound == 0)
+    heat = t.sqrt() * expected / bias_correction(decay, past.steps)
+    # Of numbers with a mean distance D, if they are normal: sqrt(pi/2) D. Unlike squares it has the range of C.
+    error = math.sqrt(math.pi / 2 * (1 - decay) / (1 + decay)) * spread / bias_correction(decay, past.steps)
+    asked = ((rho > 0) & (slope > options["bound_errors"] * error)) | begins | (past.bound == 0)
     bound = torch.where(asked, torch.maximum(past.bound, theta * heat), past.bound)
     allowed = torch.where(heat > 0, options["bound"] * bound / heat, theta)
     theta = torch.minimum(theta, allowed).clamp(*THETA_RANGE)
@@ -112,6 +121,7 @@ def feedback_update(
         expected=torch.where(learns, expected, past.expected),
         size=beta2 * past.size + (1 - beta2) * (f * norm).square(),
         bound=torch.where(learns, bound, past.bound),
+        spread=torch.where(learns, spread, past.spread),
         skipped=past.skipped,
     ), f
 
