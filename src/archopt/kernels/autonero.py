@@ -4,6 +4,7 @@ The passes stand in `native/autonero.c` and `triton_autonero.py`. Between them t
 makes the limit f, the angle theta and whether the step is live, and between `average` and `turn` the polar factors.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -14,13 +15,13 @@ that turn along a polar factor, whose step `average` begins and `turn` ends."""
 
 
 class AutoNeroTensor(NamedTuple):
-    """A weight with its gradient and AutoNero's state, all on one device and in one order of entries.
+    """A weight with AutoNero's state, all on one device and in one order of entries.
 
-    The state is float64 beside float64 weights, else float32; `movement` may be bfloat16 instead.
+    The state is float64 beside float64 weights, else float32; `movement` may be bfloat16 instead. The gradient has
+    the type and order of the weight, and comes later, since one may be freed between steps.
     """
 
     weight: Tensor
-    grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     movement: Tensor
@@ -34,6 +35,14 @@ class AutoNeroTensor(NamedTuple):
     """Neighbouring entries that make a row; 1 in a vector."""
     group: int
     """Which of the options and of the scalars is its own."""
+
+    def addresses(self) -> list[int]:
+        """Of the weight and of its state."""
+        held = self.exp_avg, self.exp_avg_sq, self.movement, self.radius, self.grows_to, self.step
+        return [self.weight.data_ptr(), *[tensor.data_ptr() for tensor in held]]
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.kind, self.rows, self.fan_in, self.group
 
 
 class GroupOptions(NamedTuple):
@@ -50,14 +59,15 @@ class GroupOptions(NamedTuple):
 
 
 class Passes(Protocol):
-    """The passes over some tensors of one device; they also advance the step counts.
+    """The passes over some tensors of one device, in turn, at every step; they also advance the step counts.
 
     scalars: f, theta, theta lr and whether the step is live (1 or 0), one row a group, float64, on the device.
     Where it is not live nothing changes.
     """
 
-    def measure(self) -> Tensor:
-        """||g||^2 and <g, d> of each tensor: (tensors, 2), float64."""
+    def measure(self, grads: Sequence[Tensor]) -> Tensor:
+        """||g||^2 and <g, d> of each tensor: (tensors, 2), float64. The passes after it work with these gradients,
+        but do not keep them."""
         ...
 
     def average(self, scalars: Tensor, reaches: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from archopt.kernels.autonero import HIDDEN, PLAIN, AutoNeroTensor, GroupOptions
 from archopt.kernels.cpu import FORMATS, call
 
 WORDS = 16  # of a tensor in the table
-DIRECTION, REACH = 8, 9  # words that are known later than the others
+GRAD, DIRECTION, REACH = 1, 8, 9  # words that are known later than the others
 
 _TABLE = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)  # the tensors, how many, the options of groups
 MEASURE = (*_TABLE, ctypes.c_void_p)  # the sums of each tensor
@@ -26,28 +26,29 @@ class CpuPasses:
     """
 
     def __init__(self, tensors: Sequence[AutoNeroTensor], options: Sequence[GroupOptions]) -> None:
-        self.tensors = tensors
         self._options = array("d", [value for of_group in options for value in of_group])
         self._table = array("q")
         for tensor in tensors:
-            self._table.extend([held.data_ptr() for held in tensor[:8]])
+            weight, *state = tensor.addresses()
             formats = FORMATS[tensor.weight.dtype], FORMATS[tensor.movement.dtype]
-            self._table.extend((0, 0, *formats, *tensor[8:]))
+            self._table.extend((weight, 0, *state, 0, 0, *formats, *tensor.sizes()))
+        self._heads = [position for position, tensor in enumerate(tensors) if tensor.kind == PLAIN]
+        self._weights = [tensor.weight for tensor in tensors]
+        self._moved = [tensor.weight for tensor in tensors if tensor.kind != HIDDEN]  # by `average`
 
-    def measure(self) -> Tensor:
-        sums = torch.empty((len(self.tensors), 2), dtype=torch.float64)
+    def measure(self, grads: Sequence[Tensor]) -> Tensor:
+        self._table[GRAD::WORDS] = array("q", map(Tensor.data_ptr, grads))
+        sums = torch.empty((len(grads), 2), dtype=torch.float64)
         _call("archopt_autonero_measure", MEASURE, self._table, self._options, sums.data_ptr())
         return sums
 
     def average(self, scalars: Tensor, reaches: Tensor) -> Tensor:
-        heads = [position for position, tensor in enumerate(self.tensors) if tensor.kind == PLAIN]
-        for position, length in zip(heads, reaches.unbind(), strict=True):
+        for position, length in zip(self._heads, reaches.unbind(), strict=True):
             self._table[WORDS * position + REACH] = length.data_ptr()
         expected = torch.empty((), dtype=torch.float64)
         where = scalars.data_ptr(), expected.data_ptr()
         _call("archopt_autonero_average", MOVE, self._table, self._options, *where)
-        moved = [tensor.weight for tensor in self.tensors if tensor.kind != HIDDEN]
-        torch.autograd.graph.increment_version(moved)
+        torch.autograd.graph.increment_version(self._moved)
         return expected
 
     def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> Tensor:
@@ -57,8 +58,7 @@ class CpuPasses:
         expected = torch.empty((), dtype=torch.float64)
         where = scalars.data_ptr(), expected.data_ptr()
         _call("archopt_autonero_turn", MOVE, table, self._options, *where)
-        weights = [tensor.weight for tensor in self.tensors[first : first + count]]
-        torch.autograd.graph.increment_version(weights)
+        torch.autograd.graph.increment_version(self._weights[first : first + count])
         return expected
 
 

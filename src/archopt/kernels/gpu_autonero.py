@@ -74,21 +74,21 @@ class GpuPasses:
         *,
         spare: bool,
     ) -> None:
-        self.tensors = tensors
+        self._tensors = tensors
         self._code: Any = importlib.import_module("archopt.kernels.triton_autonero")
         self._device = tensors[0].weight.device
-        lines = [_line(tensor) for tensor in tensors]
-        if gpu.capturing():
-            self._prepared = plans.captured(lambda: self._prepare(lines, options, plans))
-        else:
-            if spare and self._device.type != "cpu":
-                plans.make_room(len(lines) * COLUMNS + len(options) * OPTIONS)
-            key = (self._device, *map(tuple, options), *lines, *map(_types, tensors))
-            self._prepared = plans.get(key, lambda: self._prepare(lines, options, plans))
+        self._options = options
+        self._plans = plans
+        self._spare = spare
+        self._types = [(tensor.weight.dtype, tensor.movement.dtype) for tensor in tensors]
+        self._weights = [tensor.weight for tensor in tensors]
+        self._moved = [tensor.weight for tensor in tensors if tensor.kind != HIDDEN]  # by `average`
+        self._prepared: Prepared | None = None
         self._paces: Tensor | None = None
 
-    def measure(self) -> Tensor:
-        made, count = self._prepared, len(self.tensors)
+    def measure(self, grads: Sequence[Tensor]) -> Tensor:
+        self._prepared = made = self._find(tuple(map(Tensor.data_ptr, grads)))
+        count = len(grads)
         parts = self._empty(made.work.of_measures.size(0), 2)
         sums = torch.empty((count, 2), dtype=torch.float64, device=self._device)
         with gpu.on(self._device):
@@ -107,7 +107,7 @@ class GpuPasses:
         return sums
 
     def average(self, scalars: Tensor, reaches: Tensor) -> Tensor:
-        made, count = self._prepared, len(self.tensors)
+        made, count = self._now(), len(self._tensors)
         self._paces = self._empty(count, PACE)
         expected = self._empty(made.work.of_averages.size(0))
         with gpu.on(self._device):
@@ -128,11 +128,11 @@ class GpuPasses:
                     C=call.shape.columns,
                     num_warps=call.shape.warps,
                 )
-        torch.autograd.graph.increment_version([t.weight for t in self.tensors if t.kind != HIDDEN])
+        torch.autograd.graph.increment_version(self._moved)
         return expected.sum(dtype=torch.float64)
 
     def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> Tensor:
-        made, tensor = self._prepared, self.tensors[first]
+        made, tensor = self._now(), self._tensors[first]
         assert self._paces is not None, "turn comes after average"
         aligned = min(shape.aligned for shape in made.shapes[first : first + count])
         shape = made.shapes[first]._replace(aligned=0 if directions.data_ptr() % VECTOR else aligned)
@@ -146,15 +146,14 @@ class GpuPasses:
                 expected,
                 first,
                 units,
-                *self._triton(_types(tensor)),
+                *self._triton(self._types[first]),
                 ALIGNED=shape.aligned,
                 LONG=shape.long,
                 R=shape.rows,
                 C=shape.columns,
                 num_warps=shape.warps,
             )
-        weights = [tensor.weight for tensor in self.tensors[first : first + count]]
-        torch.autograd.graph.increment_version(weights)
+        torch.autograd.graph.increment_version(self._weights[first : first + count])
         return expected.sum(dtype=torch.float64)
 
     def _empty(self, *shape: int) -> Tensor:
@@ -163,42 +162,58 @@ class GpuPasses:
     def _triton(self, types: Types) -> tuple[Any, ...]:
         return tuple(self._code.TYPES[dtype] for dtype in types)
 
-    def _prepare(
-        self, lines: Sequence[tuple[int, ...]], options: Sequence[GroupOptions], plans: gpu.Plans
-    ) -> Prepared:
+    def _now(self) -> Prepared:
+        assert self._prepared is not None, "the other passes come after measure"
+        return self._prepared
+
+    def _find(self, grads: tuple[int, ...]) -> Prepared:
+        """What a step needs with gradients at these addresses, made now or found again."""
+        if gpu.capturing():
+            return self._plans.captured(lambda: self._prepare(grads))
+        if self._spare and self._device.type != "cpu":
+            self._plans.make_room(len(self._tensors) * COLUMNS + len(self._options) * OPTIONS)
+        return self._plans.get((self, grads), lambda: self._prepare(grads))
+
+    def _prepare(self, grads: tuple[int, ...]) -> Prepared:
         # The work depends on shapes alone, not on addresses: a capture finds what steps before it uploaded.
-        shapes = tuple([_shape(tensor) for tensor in self.tensors])
+        begins = [_begins(tensor, grad) for tensor, grad in zip(self._tensors, grads, strict=True)]
+        shapes = tuple([_shape(tensor, at) for tensor, at in zip(self._tensors, begins, strict=True)])
+        whole = [
+            _aligned(tensor, at, tensor.weight.numel())
+            for tensor, at in zip(self._tensors, begins, strict=True)
+        ]
         geometry = tuple(
-            (shape, _types(tensor), tensor.rows, tensor.fan_in, _aligned(tensor, tensor.weight.numel()))
-            for tensor, shape in zip(self.tensors, shapes, strict=True)
+            (shape, types, tensor.rows, tensor.fan_in, aligned)
+            for tensor, types, shape, aligned in zip(self._tensors, self._types, shapes, whole, strict=True)
         )
-        work = plans.get((self._device, geometry), lambda: self._work(shapes, plans))
+        work = self._plans.get((self._device, geometry), lambda: self._work(shapes, whole))
         values: list[int] = []
         heads = 0
-        for tensor, line, parts in zip(self.tensors, lines, work.parts, strict=True):
-            values.extend((*line, heads, *parts))
+        for tensor, grad, parts in zip(self._tensors, grads, work.parts, strict=True):
+            weight, *state = tensor.addresses()
+            values.extend((weight, grad, *state, *tensor.sizes(), heads, *parts))
             heads += tensor.kind == PLAIN
         doubles = [
-            (*group, *(math.log(beta) if beta else -math.inf for beta in group[:2])) for group in options
+            (*group, *(math.log(beta) if beta else -math.inf for beta in group[:2]))
+            for group in self._options
         ]
         of_groups = torch.tensor(doubles, dtype=torch.float64).view(torch.int64).reshape(-1)
-        upload = plans.upload_in_capture if gpu.capturing() else plans.upload
+        upload = self._plans.upload_in_capture if gpu.capturing() else self._plans.upload
         there = upload(torch.cat([torch.tensor(values), of_groups]), self._device)
         return Prepared(there[: len(values)], there[len(values) :].view(torch.float64), work, shapes)
 
-    def _work(self, shapes: Sequence[Shape], plans: gpu.Plans) -> Work:
+    def _work(self, shapes: Sequence[Shape], whole: Sequence[int]) -> Work:
         measured, averaged = [], []
-        for index, (tensor, shape) in enumerate(zip(self.tensors, shapes, strict=True)):
-            entries = tensor.rows * tensor.fan_in
-            flat = Shape(ENTRIES, _aligned(tensor, entries), False, 1, MEASURED, 4)
-            count = -(-entries // MEASURED)
-            measured.append((_types(tensor), flat, index, torch.arange(count)))
-            averaged.append((_types(tensor), shape, index, torch.arange(0, tensor.rows, shape.rows)))
+        for index, (tensor, shape) in enumerate(zip(self._tensors, shapes, strict=True)):
+            types = self._types[index]
+            flat = Shape(ENTRIES, whole[index], False, 1, MEASURED, 4)
+            measured.append((types, flat, index, torch.arange(-(-tensor.rows * tensor.fan_in // MEASURED))))
+            averaged.append((types, shape, index, torch.arange(0, tensor.rows, shape.rows)))
         measures, of_measures, firsts = _units(measured)
         averages, of_averages, _ = _units(averaged)
         there = [
             # Two int32 travel as one int64.
-            plans.upload(units.to(torch.int32).view(torch.int64).reshape(-1), self._device)
+            self._plans.upload(units.to(torch.int32).view(torch.int64).reshape(-1), self._device)
             .view(torch.int32)
             .reshape(-1, 2)
             for units in (of_measures, of_averages)
@@ -207,28 +222,23 @@ class GpuPasses:
         return Work(measures, averages, there[0], there[1], tuple(zip(firsts, counts, strict=True)))
 
 
-def _types(tensor: AutoNeroTensor) -> Types:
-    return tensor.weight.dtype, tensor.movement.dtype
+def _begins(tensor: AutoNeroTensor, grad: int) -> tuple[int, ...]:
+    """Where what is as large as the weight begins."""
+    return (grad, *[held.data_ptr() for held in (tensor.weight, tensor.exp_avg, tensor.movement)])
 
 
-def _line(tensor: AutoNeroTensor) -> tuple[int, ...]:
-    """Addresses and sizes of a tensor."""
-    return (*[held.data_ptr() for held in tensor[:8]], *tensor[8:])
-
-
-def _aligned(tensor: AutoNeroTensor, length: int) -> int:
+def _aligned(tensor: AutoNeroTensor, begins: Sequence[int], length: int) -> int:
     """How many entries of its rows of that length can be read at once: 0 if memory is not aligned."""
     at_once = VECTOR // min(tensor.weight.element_size(), tensor.movement.element_size())
-    begins = [held.data_ptr() % VECTOR for held in (*tensor[:3], tensor.movement)]
-    return 0 if any(begins) or length % at_once else at_once
+    return 0 if any(begin % VECTOR for begin in begins) or length % at_once else at_once
 
 
-def _shape(tensor: AutoNeroTensor) -> Shape:
+def _shape(tensor: AutoNeroTensor, begins: Sequence[int]) -> Shape:
     """How a kernel works on it."""
     if tensor.kind == ENTRIES:
         return Shape(ENTRIES, 0, False, OF_VECTORS, 1, 4)
     kind = HIDDEN if tensor.kind == HIDDEN else TURNING
-    aligned = _aligned(tensor, tensor.fan_in)
+    aligned = _aligned(tensor, begins, tensor.fan_in)
     if tensor.fan_in > ON_CHIP:
         return Shape(kind, aligned, True, 1, LONG_TILE, 8)
     columns = max(32, 1 << (tensor.fan_in - 1).bit_length())

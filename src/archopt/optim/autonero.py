@@ -126,6 +126,7 @@ class AutoNero(ArchOptimizer):
 
     state_names = ("step", "exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "feedback")
     needs_all_gradients = "its angle follows from the gradients of all tensors together"
+    _prepared: Prepared
 
     _unscaled: Sequence[tuple[Tensor, Tensor]] = ()
     """Weights that construction scaled, with what they were, until the second step is taken.
@@ -203,12 +204,10 @@ class AutoNero(ArchOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        self._prepared = Prepared()
         super().__init__(groups, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._prepared = Prepared()  # what was prepared for the tensors of another optimizer is of no use
+    def _nothing_kept(self) -> dict[str, Any]:
+        return {"_prepared": Prepared()}
 
     @property
     def theta(self) -> Tensor:
@@ -367,11 +366,10 @@ class AutoNero(ArchOptimizer):
             return
         # Before all else: a refusal must come before anything moves.
         fused = fused_steps(given, self.state, self._prepared)
-        served = {id(tensor.weight) for step in fused for tensor in step.tensors}
         batches = [
             (group, batch)
             for group, params in given
-            for batch in _batches([p for p in params if id(p) not in served], group)
+            for batch in _batches([p for p in params if id(p) not in fused.served], group)
         ]
         batches.sort(key=lambda batch: not steps_plainly(batch[0]))  # heads read the state of their biases
         if self._unscaled:
@@ -379,7 +377,7 @@ class AutoNero(ArchOptimizer):
                 self._unscaled = []
             self._stepped = True
         home, shared = held.device, self.param_groups[0]
-        measures = [step.measure(held.dtype) for step in fused]
+        measures = [step.measure(held.dtype) for step in fused.steps]
         measures += [self._measure(batch, group) for group, batch in batches]
         norm = torch.linalg.vector_norm(torch.stack([norm.to(home) for norm, _ in measures]))
         product = torch.stack([product.to(home) for _, product in measures]).sum()
@@ -394,11 +392,11 @@ class AutoNero(ArchOptimizer):
                 f,
                 {head: self._bias_squares([head], group, f.to(step.device)) for head, group in step.heads()},
             )
-            for step in fused
+            for step in fused.steps
         ]
         expected = [self._advance(batch, group, f, new.theta, live) for group, batch in batches]
         expected += [
-            step.advance(f, new.theta, live, reach) for step, reach in zip(fused, reaches, strict=True)
+            step.advance(f, new.theta, live, reach) for step, reach in zip(fused.steps, reaches, strict=True)
         ]
         G = torch.stack([part.to(home) for part in expected]).sum()
         skipped = past.skipped + finite.logical_not()
@@ -483,8 +481,8 @@ class AutoNero(ArchOptimizer):
         """A tensor without a gradient took no part in this step: its movement is of another point, so forget it."""
         for group in self.param_groups:
             for param in group["params"]:
-                state = self.state.get(param, {})
-                if "movement" in state and (param.grad is None or not param.requires_grad):
+                idle = param.grad is None or not param.requires_grad
+                if idle and "movement" in (state := self.state.get(param, {})):
                     state["movement"].mul_(live.logical_not().to(param.device))
 
 

@@ -8,12 +8,11 @@ corrected copy of it is needed.
 import functools
 import itertools
 import operator
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from archopt.kernels import cpu, gpu
 from archopt.kernels.autonero import ENTRIES, HIDDEN, PLAIN, TURNING, AutoNeroTensor, GroupOptions, Passes
@@ -25,7 +24,7 @@ from archopt.optim.autonero_tensors import JOINED_ENTRIES, dims_of, movement_dty
 from archopt.optim.base import bias_correction, rate
 from archopt.optim.fused import Made, made_of, refuse, wants_kernel
 from archopt.optim.matrices import nonzero
-from archopt.optim.nero_fused import layout_of
+from archopt.optim.nero_fused import axis_of, layout_of
 from archopt.optim.orthogonalise import orthogonalise
 
 Group = dict[str, Any]
@@ -33,7 +32,7 @@ States = Mapping[Tensor, dict[str, Tensor]]
 
 
 class FusedStep:
-    """One step of all tensors of one device that a kernel serves."""
+    """One step of all tensors of one device that a kernel serves, as often as it repeats. It keeps no gradients."""
 
     def __init__(self, tensors: list[AutoNeroTensor], groups: list[Group], plans: gpu.Plans) -> None:
         # Matrices that are joined follow one another.
@@ -49,11 +48,13 @@ class FusedStep:
             self._passes = GpuPasses(self.tensors, options, plans, spare=spare)
         else:
             self._passes = CpuPasses(self.tensors, options)
+        self._joined = list(self._batches())
         self._sums: Tensor | None = None
 
     def measure(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """||g|| and <g, d> over all tensors, each first summed in float64."""
-        self._sums = self._passes.measure()
+        grads: list[Any] = [tensor.weight.grad for tensor in self.tensors]
+        self._sums = self._passes.measure(grads)
         square, product = self._sums.sum(0).to(dtype).unbind()
         return square.sqrt(), product
 
@@ -93,29 +94,30 @@ class FusedStep:
         angles = [theta * rate(group) for group in self.groups]
         scalars = torch.stack([torch.stack([f, theta, angle, live]) for angle in angles])
         expected = [self._passes.average(scalars, reaches)]
-        for first, count in self._batches():
-            expected.append(self._passes.turn(first, count, self._directions(first, count), scalars))
+        for first, moments in self._joined:
+            directions = self._directions(moments, self.groups[self.tensors[first].group])
+            expected.append(self._passes.turn(first, len(moments), directions, scalars))
         return torch.stack(expected).sum()
 
-    def _batches(self) -> Iterator[tuple[int, int]]:
-        """Hidden tensors that are joined: the position of the first, and how many follow one another."""
+    def _batches(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """Hidden tensors that are joined: the position of the first, and the m of all, which follow one another."""
         for key, positions in itertools.groupby(range(len(self._keys)), key=self._keys.__getitem__):
             first, *others = positions
             if key[0] == HIDDEN:
                 most = max(1, JOINED_ENTRIES // self.tensors[first].weight.numel())
                 end = first + 1 + len(others)
+                blocks = self.groups[self.tensors[first].group]["blocks"]
                 for start in range(first, end, most):
-                    yield start, min(most, end - start)
+                    joined = self.tensors[start : min(start + most, end)]
+                    yield start, [_in_memory(tensor, blocks) for tensor in joined]
 
-    def _directions(self, first: int, count: int) -> Tensor:
+    def _directions(self, moments: list[Tensor], group: Group) -> Tensor:
         """The polar factors of some tensors of one shape, (tensors, blocks, rows, fan_in).
 
         Entries in the order of memory, which for channels-last filters is another order of columns than that of
         their dimensions: the polar factor of a matrix with its columns in another order is the same in that order.
         """
-        group = self.groups[self.tensors[first].group]
-        moments = [_in_memory(tensor, group["blocks"]) for tensor in self.tensors[first : first + count]]
-        joined = moments[0].unsqueeze(0) if count == 1 else torch.stack(moments)
+        joined = moments[0].unsqueeze(0) if len(moments) == 1 else torch.stack(moments)
         return orthogonalise(joined, group["orthogonalise"]).contiguous()
 
 
@@ -147,44 +149,96 @@ def _options(group: Group) -> GroupOptions:
 # -- what is served ----------------------------------------------------------------------------------------
 
 
+class Fused(NamedTuple):
+    """The steps of all tensors that a kernel serves."""
+
+    steps: list[FusedStep]
+    """One a device."""
+    served: frozenset[int]
+    """By the id of the weight."""
+    keeps: Any = None
+    """What is told by identity where this is found again, and so has to live."""
+
+
 class Prepared:
     """What earlier steps of an optimizer found out and made, to be used again while it holds."""
 
     def __init__(self) -> None:
         self.plans = gpu.Plans()
-        self.known: dict[int, _Known] = {}  # by the id of a weight: what it holds of is checked anyway
+        self.found = gpu.Plans()
 
 
-def fused_steps(
-    groups: Iterable[tuple[Group, list[Tensor]]], states: States, prepared: Prepared
-) -> list[FusedStep]:
-    """The steps of all weights that a kernel serves, one a device.
+Wanted = list[tuple[Group, list[Tensor]]]
+_ORDINARY = {Tensor, nn.Parameter}
+_kind = operator.attrgetter("dtype", "device", "shape")
+_grad = operator.attrgetter("grad")
+_chosen = operator.itemgetter(
+    *("family", "channel_groups", "blocks", "head", "orthogonalise", "movement_dtype", "radius_exponent"),
+    *("beta", "beta2", "maximize", "fused", "foreach", "capturable"),
+)
+
+
+def fused_steps(groups: Iterable[tuple[Group, list[Tensor]]], states: States, prepared: Prepared) -> Fused:
+    """The steps of all weights that a kernel serves, made now or found again.
 
     groups: each with its parameters that have a gradient.
 
     Raises ValueError, with the reason, where a group has fused=True and a weight of it cannot be served.
     """
+    wanted = [(group, params) for group, params in groups if wants_kernel("AutoNero", group)]
+    if not wanted:
+        return Fused([], frozenset())
+    key, keeps = _key(wanted, states)
+    if key is None:
+        return _find(wanted, states, prepared.plans, keeps)
+    return prepared.found.get(key, lambda: _find(wanted, states, prepared.plans, keeps))
+
+
+def _key(wanted: Wanted, states: States) -> tuple[tuple[Any, ...] | None, Any]:
+    """All that decides how tensors are served and where they lie, but for the places of gradients; and what has to
+    live for that. None where there are tensors whose memory cannot be asked for.
+    """
+    params = list(itertools.chain.from_iterable([some for _, some in wanted]))
+    grads: list[Any] = list(map(_grad, params))
+    if not (_ORDINARY.issuperset(map(type, params)) and _ORDINARY.issuperset(map(type, grads))):
+        return None, None
+    values = list(itertools.chain.from_iterable([states[param].values() for param in params]))
+    key = (
+        *[(id(group), len(some), axis_of(group), *_chosen(group)) for group, some in wanted],
+        *map(id, params),
+        *map(id, values),
+        *map(Tensor.data_ptr, params),
+        *map(Tensor.data_ptr, values),
+        *map(Tensor.stride, params),
+        *map(Tensor.stride, grads),
+        *map(_kind, params),
+        *map(_kind, grads),
+        *map(Tensor.is_neg, params),
+        *map(Tensor.is_neg, grads),
+    )
+    return key, ([group for group, _ in wanted], params, values)
+
+
+def _find(wanted: Wanted, states: States, plans: gpu.Plans, keeps: Any) -> Fused:
     found: dict[torch.device, tuple[list[AutoNeroTensor], list[Group]]] = {}
-    known, prepared.known = prepared.known, {}
-    for group, params in groups:
-        if not wants_kernel("AutoNero", group):
-            continue
+    served: set[int] = set()
+    for group, params in wanted:
         indices: dict[torch.device, int] = {}
         for param in params:
             tensors, served_groups = found.setdefault(param.device, ([], []))
             index = indices.get(param.device, len(served_groups))
-            state = states[param]
-            rows = _known(param, state, group, known.get(id(param)))
+            rows = _rows_of(param, states[param], group)
             if isinstance(rows, str):
                 if group["fused"]:
                     refuse("AutoNero", param, rows)
                 continue
-            prepared.known[id(param)] = rows
             if param.device not in indices:
                 indices[param.device] = index
                 served_groups.append(group)
-            tensors.append(_for_kernel(param, state, group, rows.rows, index))
-    return [FusedStep(tensors, of_device, prepared.plans) for tensors, of_device in found.values() if tensors]
+            tensors.append(_for_kernel(param, states[param], group, rows, index))
+            served.add(id(param))
+    steps = [FusedStep(tensors, of_device, plans) for tensors, of_device in found.values() if tensors]
+    return Fused(steps, frozenset(served), keeps)
 
 
 def unserved(param: Tensor, group: Group) -> None:
@@ -214,41 +268,21 @@ def _obstacle(weight: cpu.Memory, on_gpu: bool) -> str:
 STATE = ("exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "step")
 
 
-class _Known(NamedTuple):
-    """What was found out of a weight, and of what: it holds while all of that is the same."""
-
-    rows: "_Rows"
-    made: tuple[Any, ...]
-    state: tuple[weakref.ref[Tensor], ...]
-
-
-def _held(known: _Known) -> list[Tensor | None]:
-    return [held() for held in known.state]
-
-
-def _known(param: Tensor, state: dict[str, Tensor], group: Group, before: _Known | None) -> _Known | str:
-    """The rows of a weight, with `before` if that holds still, or why the kernel cannot serve it."""
+def _rows_of(param: Tensor, state: dict[str, Tensor], group: Group) -> "_Rows | str":
+    """The rows of a weight, or why no kernel can serve it with this gradient and state."""
     grad = param.grad
     assert grad is not None
     if reason := _missing(param) or cpu.obstacle_of_view(param, grad):
         return reason
-    options = group["family"], group["neuron_dim"], group["channel_groups"], group["movement_dtype"]
-    made = made_of(param), made_of(grad), _on_gpu(param), options
     own = [state[name] for name in STATE]
-    if before is not None and before.made == made and all(map(operator.is_, _held(before), own)):
-        return before
-    is_vector, axis, channel_groups = _seen_as(param, group)
-    rows = _verdict(
+    return _verdict(
         made_of(param),
         made_of(grad),
-        tuple((tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in own),
+        tuple([(tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in own]),
         movement_dtype(statistics_dtype(param.dtype), group),
-        is_vector,
-        axis,
-        channel_groups,
+        *_seen_as(param, group),
         _on_gpu(param),
     )
-    return rows if isinstance(rows, str) else _Known(rows, made, tuple([weakref.ref(held) for held in own]))
 
 
 def _for_kernel(
@@ -262,9 +296,7 @@ def _for_kernel(
     else:
         kind = HIDDEN if group["family"] == "hidden" else TURNING
     m, v, d, radius, grows_to, step = [state[name] for name in STATE]
-    grad = param.grad
-    assert grad is not None
-    return AutoNeroTensor(param, grad, m, v, d, radius, grows_to, step, kind, rows.number, rows.fan_in, index)
+    return AutoNeroTensor(param, m, v, d, radius, grows_to, step, kind, rows.number, rows.fan_in, index)
 
 
 State = tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]
@@ -279,9 +311,7 @@ class _Rows(NamedTuple):
 
 def _seen_as(param: Tensor, group: Group) -> tuple[bool, NeuronDim, int]:
     """Whether it is a vector; else the axis of its rows and its channel groups."""
-    axis: NeuronDim = group["neuron_dim"]
-    axis = axis if isinstance(axis, int) else tuple(axis)
-    return not dims_of(param, group), axis, group["channel_groups"]
+    return not dims_of(param, group), axis_of(group), group["channel_groups"]
 
 
 def _rows(
