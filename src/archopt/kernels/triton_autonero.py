@@ -161,23 +161,21 @@ def paces(table_ptr, options_ptr, scalars_ptr, paces_ptr):
 
 
 @triton.jit
-def _stride(s, length, radius, grows_to, kind, reach, pace, per_length):
+def _stride(s, length, radius, grows_to, kind, reach, young_reach, angle, per_length):
     """How far rows move along u, in units of u, and which do."""
-    angle = tl.load(pace + ANGLE)
-    far = tl.where(grows_to > 0, tl.load(pace + YOUNG_REACH), radius)
+    far = tl.where(grows_to > 0, young_reach, radius)
     far = tl.where(kind == PLAIN, reach, far)
     moves = (length > 0) & (s > 0) & (tl.zeros_like(s) + angle != 0)
     return tl.where(moves, angle * far / tl.where(moves, length, 1.0) * per_length, 0.0), moves
 
 
 @triton.jit
-def _radius(norm, along, s, radius, grows_to, moves, kind, pace):
+def _radius(norm, along, s, radius, grows_to, moves, kind, exponent, angle, inverse):
     """The new radius, what a row is multiplied by after its step, and what it still grows to."""
     plain = (grows_to > 0) | (kind == PLAIN)
-    exponent = tl.load(pace + ROW_EXPONENT)
     scaled = radius * s
-    outward = along * tl.load(pace + INVERSE) / tl.where(scaled == 0, 1.0, scaled)
-    grown = radius * tl.exp(-exponent * tl.load(pace + ANGLE) * outward)
+    outward = along * inverse / tl.where(scaled == 0, 1.0, scaled)
+    grown = radius * tl.exp(-exponent * angle * outward)
     grown = tl.where(tl.zeros_like(s) + exponent == 0, radius, grown)
     new = tl.where(moves, tl.where(plain, norm, grown), radius)
     scale = tl.where(moves & (plain == 0), grown / tl.where(moves, norm, 1.0), 1.0)
@@ -209,6 +207,13 @@ def _rows(line, tensor, first, paces_ptr, reach_ptr, u_ptr, W: tl.constexpr, D: 
     v = tl.load(v_ptr + row, mask=inside, other=0.0)
     radius = tl.load(r_ptr + row, mask=inside, other=0.0)
     grows_to = tl.load(grows_ptr + row, mask=inside, other=0.0)
+    # All scalars before the first sum, for which a program waits: else it would wait for each of them too.
+    inverse = tl.load(pace + INVERSE)
+    correction = tl.load(pace + CORRECTION)
+    angle = tl.load(pace + ANGLE)
+    per_theta = tl.load(pace + PER_THETA)
+    exponent = tl.load(pace + ROW_EXPONENT)
+    young_reach = tl.load(pace + YOUNG_REACH)
     reach = 0.0
     if POLAR:
         u_ptr += begin
@@ -218,6 +223,8 @@ def _rows(line, tensor, first, paces_ptr, reach_ptr, u_ptr, W: tl.constexpr, D: 
         factor = tl.load(pace + FACTOR)
         beta = tl.load(pace + BETA)
         rest = tl.load(pace + REST)
+        beta2 = tl.load(pace + BETA2)
+        rest2 = tl.load(pace + REST2)
 
     # The sums of rows; without polar factors m on the way.
     along = tl.zeros((R, C), tl.float32)
@@ -253,16 +260,15 @@ def _rows(line, tensor, first, paces_ptr, reach_ptr, u_ptr, W: tl.constexpr, D: 
     sum_square = tl.sum(square, 1)
     sum_along = tl.sum(along, 1)
 
-    inverse = tl.load(pace + INVERSE)
-    correction = tl.load(pace + CORRECTION)
     if POLAR:
         s = tl.sqrt_rn(v / correction)
-        stride, moves = _stride(s, tl.sqrt_rn(sum_square), radius, grows_to, kind, reach, pace, 1.0)
+        length = tl.sqrt_rn(sum_square)
+        stride, moves = _stride(s, length, radius, grows_to, kind, reach, young_reach, angle, 1.0)
     else:
-        v = v * tl.load(pace + BETA2) + sum_square * tl.load(pace + REST2)
+        v = v * beta2 + sum_square * rest2
         tl.store(v_ptr + row, v, mask=inside)
         s = tl.sqrt_rn(v / correction)
-        stride, moves = _stride(s, s, radius, grows_to, kind, reach, pace, inverse)
+        stride, moves = _stride(s, s, radius, grows_to, kind, reach, young_reach, angle, inverse)
 
     moved = tl.zeros((R, C), tl.float32)
     if LONG:
@@ -280,11 +286,12 @@ def _rows(line, tensor, first, paces_ptr, reach_ptr, u_ptr, W: tl.constexpr, D: 
         moved = x * x
     norm = tl.sqrt_rn(tl.sum(moved, 1))
     moves = moves & (norm > 0)
-    new, scale, grows_to = _radius(norm, sum_along, s, radius, grows_to, moves, kind, pace)
+    new, scale, grows_to = _radius(
+        norm, sum_along, s, radius, grows_to, moves, kind, exponent, angle, inverse
+    )
     tl.store(r_ptr + row, new, mask=inside & moves)
     tl.store(grows_ptr + row, grows_to, mask=inside & moves)
 
-    per_theta = tl.load(pace + PER_THETA)
     gain = tl.zeros((R, C), tl.float32)
     if LONG:
         for k in range(0, fan_in, C):
@@ -328,6 +335,9 @@ def _average(line, tensor, first, paces_ptr, W: tl.constexpr, ALIGNED: tl.conste
     factor = tl.load(pace + FACTOR)
     beta = tl.load(pace + BETA)
     rest = tl.load(pace + REST)
+    beta2 = tl.load(pace + BETA2)
+    rest2 = tl.load(pace + REST2)
+    v = tl.load(v_ptr + row, mask=inside, other=0.0)  # before the sum, for which the program waits
     square = tl.zeros((R, C), tl.float32)
     for k in range(0, fan_in, C):
         mask = inside[:, None] & (k + column < fan_in)
@@ -335,9 +345,7 @@ def _average(line, tensor, first, paces_ptr, W: tl.constexpr, ALIGNED: tl.conste
         m = tl.load(m_ptr + at + k, mask=mask, other=0.0)
         tl.store(m_ptr + at + k, m * beta + g * rest, mask=mask)
         square += g * g
-    v = tl.load(v_ptr + row, mask=inside, other=0.0)
-    v = v * tl.load(pace + BETA2) + tl.sum(square, 1) * tl.load(pace + REST2)
-    tl.store(v_ptr + row, v, mask=inside)
+    tl.store(v_ptr + row, v * beta2 + tl.sum(square, 1) * rest2, mask=inside)
 
 
 @triton.jit
