@@ -19,6 +19,7 @@ from archopt import kernels
 from archopt.kernels import cpu
 from archopt.optim import autonero_fused
 from archopt.optim.autonero import module_groups
+from kernels.test_cpu import refusal
 
 STATUS = kernels.status()["cpu"]
 pytestmark = pytest.mark.skipif(not STATUS.available, reason=f"no CPU kernel: {STATUS.detail}")
@@ -80,12 +81,6 @@ def values(model: nn.Module, optimizer: archopt.AutoNero) -> dict[str, Tensor]:
         for key, value in optimizer.state.get(param, {}).items():
             found[f"{name}/{key}"] = value.clone()
     return found
-
-
-def refusal(call: Any) -> str:
-    with pytest.raises(ValueError) as caught:
-        call()
-    return str(caught.value)
 
 
 # -- the same step -----------------------------------------------------------------------------------------

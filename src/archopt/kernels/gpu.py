@@ -131,6 +131,15 @@ class Plans:
             raise RuntimeError(f"{NOT_IN_CAPTURE} before the capture")
         return values.pin_memory().to(device, non_blocking=True)
 
+    def upload_lines(self, lines: Tensor, device: torch.device) -> Tensor:
+        """Lines of an even number of integers, as int32 on the device: two of them travel as one int64."""
+        packed = lines.to(torch.int32).contiguous().view(torch.int64).reshape(-1)
+        return self.upload(packed, device).view(torch.int32).reshape(lines.shape)
+
+    def send(self, values: Tensor, device: torch.device) -> Tensor:
+        """A vector of int64 on the device: for this step, or for every replay of the graph being captured."""
+        return (self.upload_in_capture if capturing() else self.upload)(values, device)
+
     def make_room(self, entries: int) -> None:
         """Sets memory aside for vectors of so many int64 that captures will upload."""
         if self._room.numel() < entries:
@@ -149,10 +158,17 @@ class Plans:
         return staging.to(device, non_blocking=True)
 
 
+VECTOR = 16  # bytes
+
+
+def is_aligned(weight: Tensor, grad: Tensor, run: int) -> bool:
+    """Whether all runs of so many entries begin at multiples of VECTOR bytes."""
+    return (weight.data_ptr() | grad.data_ptr() | run * weight.element_size()) % VECTOR == 0
+
+
 # -- Nero --------------------------------------------------------------------------------------------------
 
 ENTRIES, TILES, ALIGNED_TILES, LONG, ALIGNED_LONG, SIDE_BY_SIDE, IN_RUNS = range(7)  # as in triton_nero.py
-VECTOR = 16  # bytes
 MANY = (
     2**14
 )  # blocks of a launch from which on programs work on several, and spend less on finding out what to do
@@ -204,8 +220,7 @@ class NeroTensor(NamedTuple):
             return VECTORS
         if spread > 1:
             return COLUMNS if run == 1 else PIECES
-        addresses = self.weight.data_ptr() | self.grad.data_ptr() | run * self.weight.element_size()
-        aligned = addresses % VECTOR == 0
+        aligned = is_aligned(self.weight, self.grad, run)
         tiles = [tile for tile in (ALIGNED if aligned else UNALIGNED) if tile.columns >= run]
         return tiles[0] if tiles else LONG_ROWS[aligned]
 
@@ -258,7 +273,7 @@ def nero_launches(tensors: Sequence[NeroTensor], plans: Plans, *, capturable: bo
     device = tensors[0].weight.device
     geometry = tuple(zip(_work(tensors), [t.layout for t in tensors], strict=True))
     parts, units, firsts, counts = plans.get(
-        (device, geometry), lambda: _units(geometry, lambda packed: plans.upload(packed, device))
+        (device, geometry), lambda: _units(geometry, lambda lines: plans.upload_lines(lines, device))
     )
     lines: list[int] = []
     for t, first, count in zip(tensors, firsts, counts, strict=True):
@@ -266,12 +281,9 @@ def nero_launches(tensors: Sequence[NeroTensor], plans: Plans, *, capturable: bo
         pointers = (t.weight, t.grad, t.exp_avg_sq, t.scale, t.step, t.turn, t.skipped)
         lines.extend([tensor.data_ptr() for tensor in pointers])
         lines.extend([spread * run, rows, run, t.neurons(), first, count, t.number])
-    if capturing():
-        table = plans.upload_in_capture(torch.tensor(lines), device)
-    else:
-        table = plans.upload(torch.tensor(lines), device)
-        if capturable and device.type == "cuda":
-            plans.make_room(len(lines))
+    table = plans.send(torch.tensor(lines), device)
+    if capturable and device.type == "cuda" and not capturing():
+        plans.make_room(len(lines))
     turns = torch.empty(sum(counts), dtype=torch.float32, device=device)
     skipped = torch.empty(sum(counts), dtype=torch.int32, device=device)
     calls = []
@@ -325,9 +337,7 @@ def _units(
             firsts[i], counts[i] = total, starts.numel()
             total += starts.numel()
         calls.append((work, begin, total - begin, blocks))
-    # Two int32 travel as one int64.
-    packed = torch.cat(parts).to(torch.int32).contiguous().view(torch.int64).reshape(-1)
-    return tuple(calls), upload(packed).view(torch.int32), firsts, counts
+    return tuple(calls), upload(torch.cat(parts)), firsts, counts
 
 
 def _blocks(shape: Shape, layouts: Sequence[Layout]) -> int:

@@ -21,7 +21,6 @@ MANY = 64  # or all of so many short parts
 SHORT_RUN = 512  # entries of a part up to which it is short
 FEW = 8  # pieces of a part that one thread adds up
 PARTS_AT_ONCE = 1024  # that a program of `finish` adds up
-VECTOR = 16  # bytes
 
 
 class Work(NamedTuple):
@@ -60,20 +59,16 @@ class Prepared:
             lines.extend((*own, -1 if lr is None else places[id(lr)]))
         if capturable and self.device.type == "cuda" and not gpu.capturing():
             plans.make_room(len(lines))
-        self.table = self._upload(torch.tensor(lines))
+        self.table = plans.send(torch.tensor(lines), self.device)
 
     def distances(self, paces: Sequence[float]) -> Tensor:
         """How far a step of eta = 1 moves the parts of each tensor, on the device; paces: gain * lr of each."""
         wanted = [reach * pace for reach, pace in zip(self._reaches, paces, strict=True)]
         if self._last[1] is None or self._last[0] != wanted:
             values = torch.tensor(wanted, dtype=torch.float64).view(torch.int64)
-            self._last = (wanted, self._upload(values).view(torch.float64))
+            self._last = (wanted, self._plans.send(values, self.device).view(torch.float64))
         assert self._last[1] is not None
         return self._last[1]
-
-    def _upload(self, values: Tensor) -> Tensor:
-        upload = self._plans.upload_in_capture if gpu.capturing() else self._plans.upload
-        return upload(values, self.device)
 
 
 class AGDStep:
@@ -138,8 +133,7 @@ def _rate(tensor: AGDTensor) -> Tensor | None:
 def _kind(tensor: AGDTensor) -> int:
     """How the kernels work on it."""
     batches, spread, rows, run = tensor.layout
-    addresses = tensor.weight.data_ptr() | tensor.grad.data_ptr() | run * tensor.weight.element_size()
-    aligned = addresses % VECTOR == 0
+    aligned = gpu.is_aligned(tensor.weight, tensor.grad, run)
     if spread > 1:
         return SIDE_BY_SIDE if run == 1 else ALIGNED_RUNS if aligned else IN_RUNS
     if run <= SHORT_RUN and batches * rows > 1:
@@ -159,9 +153,7 @@ def _work(kinds: Sequence[tuple[int, Layout]], device: torch.device, plans: gpu.
     for lists in (units, items):
         lines = torch.cat(lists)
         counts.append(lines.size(0))
-        # Two int32 travel as one int64.
-        packed = lines.to(torch.int32).contiguous().view(torch.int64).reshape(-1)
-        uploaded.append(plans.upload(packed, device).view(torch.int32))
+        uploaded.append(plans.upload_lines(lines, device))
     return Work(
         uploaded[0],
         uploaded[1],

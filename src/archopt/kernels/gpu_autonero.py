@@ -18,7 +18,6 @@ ON_CHIP = 8192  # entries of a row up to which it is read once
 LONG_TILE = 2048  # entries at a time of a longer one
 TILE = 2048  # entries that a program holds, where rows are short: 16 a thread
 COLUMNS, OPTIONS, PACE = 15, 7, 12  # numbers a tensor, a group and a tensor, as in triton_autonero.py
-VECTOR = 16  # bytes
 
 Types = tuple[torch.dtype, torch.dtype]  # of a weight and of its movement
 
@@ -135,7 +134,7 @@ class GpuPasses:
         made, tensor = self._now(), self._tensors[first]
         assert self._paces is not None, "turn comes after average"
         aligned = min(shape.aligned for shape in made.shapes[first : first + count])
-        shape = made.shapes[first]._replace(aligned=0 if directions.data_ptr() % VECTOR else aligned)
+        shape = made.shapes[first]._replace(aligned=0 if directions.data_ptr() % gpu.VECTOR else aligned)
         units = -(-tensor.rows // shape.rows)
         expected = self._empty(count * units)
         with gpu.on(self._device):
@@ -198,8 +197,7 @@ class GpuPasses:
             for group in self._options
         ]
         of_groups = torch.tensor(doubles, dtype=torch.float64).view(torch.int64).reshape(-1)
-        upload = self._plans.upload_in_capture if gpu.capturing() else self._plans.upload
-        there = upload(torch.cat([torch.tensor(values), of_groups]), self._device)
+        there = self._plans.send(torch.cat([torch.tensor(values), of_groups]), self._device)
         return Prepared(there[: len(values)], there[len(values) :].view(torch.float64), work, shapes)
 
     def _work(self, shapes: Sequence[Shape], whole: Sequence[int]) -> Work:
@@ -211,13 +209,7 @@ class GpuPasses:
             averaged.append((types, shape, index, torch.arange(0, tensor.rows, shape.rows)))
         measures, of_measures, firsts = _units(measured)
         averages, of_averages, _ = _units(averaged)
-        there = [
-            # Two int32 travel as one int64.
-            self._plans.upload(units.to(torch.int32).view(torch.int64).reshape(-1), self._device)
-            .view(torch.int32)
-            .reshape(-1, 2)
-            for units in (of_measures, of_averages)
-        ]
+        there = [self._plans.upload_lines(units, self._device) for units in (of_measures, of_averages)]
         counts = [parts.numel() for _, _, _, parts in measured]
         return Work(measures, averages, there[0], there[1], tuple(zip(firsts, counts, strict=True)))
 
@@ -229,8 +221,8 @@ def _begins(tensor: AutoNeroTensor, grad: int) -> tuple[int, ...]:
 
 def _aligned(tensor: AutoNeroTensor, begins: Sequence[int], length: int) -> int:
     """How many entries of its rows of that length can be read at once: 0 if memory is not aligned."""
-    at_once = VECTOR // min(tensor.weight.element_size(), tensor.movement.element_size())
-    return 0 if any(begin % VECTOR for begin in begins) or length % at_once else at_once
+    at_once = gpu.VECTOR // min(tensor.weight.element_size(), tensor.movement.element_size())
+    return 0 if any(begin % gpu.VECTOR for begin in begins) or length % at_once else at_once
 
 
 def _shape(tensor: AutoNeroTensor, begins: Sequence[int]) -> Shape:

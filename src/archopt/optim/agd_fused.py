@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archopt.kernels import cpu, cpu_agd, gpu, gpu_agd
 from archopt.kernels.cpu_agd import AGDTensor
 from archopt.optim import oracles
-from archopt.optim.fused import Made, made_of, refuse, wants_kernel
+from archopt.optim.fused import Made, made_of, ordinary, refuse, wants_kernel
 from archopt.optim.nero_fused import axis_of
 
 Move = Callable[[Tensor], None]
@@ -127,7 +127,7 @@ def key_of(groups: list[Group]) -> tuple[Any, ...] | None:
         return None
     if gpu.missing() or gpu.capturing():
         return None
-    if not {*map(type, params), *map(type, grads)} <= {Tensor, nn.Parameter}:
+    if not (ordinary(params) and ordinary(grads)):
         return None
     if not all(wants_kernel("AGD", group) for group, _, _ in groups):
         return None

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archopt.kernels import cpu, gpu
 from archopt.kernels.autonero import ENTRIES, HIDDEN, PLAIN, TURNING, AutoNeroTensor, GroupOptions, Passes
@@ -22,7 +22,7 @@ from archopt.neurons import NeuronDim, statistics_dtype
 from archopt.optim.autonero_rule import LEAST_FEATURES
 from archopt.optim.autonero_tensors import JOINED_ENTRIES, dims_of, movement_dtype, steps_plainly
 from archopt.optim.base import bias_correction, rate
-from archopt.optim.fused import Made, made_of, refuse, wants_kernel
+from archopt.optim.fused import Made, made_of, memory_key, ordinary, refuse, wants_kernel
 from archopt.optim.matrices import nonzero
 from archopt.optim.nero_fused import axis_of, layout_of
 from archopt.optim.orthogonalise import orthogonalise
@@ -169,8 +169,6 @@ class Prepared:
 
 
 Wanted = list[tuple[Group, list[Tensor]]]
-_ORDINARY = {Tensor, nn.Parameter}
-_kind = operator.attrgetter("dtype", "device", "shape")
 _grad = operator.attrgetter("grad")
 _chosen = operator.itemgetter(
     *("family", "channel_groups", "blocks", "head", "orthogonalise", "movement_dtype", "radius_exponent"),
@@ -200,21 +198,12 @@ def _key(wanted: Wanted, states: States) -> tuple[tuple[Any, ...] | None, Any]:
     """
     params = list(itertools.chain.from_iterable([some for _, some in wanted]))
     grads: list[Any] = list(map(_grad, params))
-    if not (_ORDINARY.issuperset(map(type, params)) and _ORDINARY.issuperset(map(type, grads))):
+    if not (ordinary(params) and ordinary(grads)):
         return None, None
     values = list(itertools.chain.from_iterable([states[param].values() for param in params]))
     key = (
         *[(id(group), len(some), axis_of(group), *_chosen(group)) for group, some in wanted],
-        *map(id, params),
-        *map(id, values),
-        *map(Tensor.data_ptr, params),
-        *map(Tensor.data_ptr, values),
-        *map(Tensor.stride, params),
-        *map(Tensor.stride, grads),
-        *map(_kind, params),
-        *map(_kind, grads),
-        *map(Tensor.is_neg, params),
-        *map(Tensor.is_neg, grads),
+        *memory_key(params, grads, values),
     )
     return key, ([group for group, _ in wanted], params, values)
 

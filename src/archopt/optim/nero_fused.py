@@ -6,12 +6,12 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archopt.kernels import cpu, cpu_nero
 from archopt.neurons import NeuronDim, fan_in_dims, statistics_dtype
 from archopt.optim.base import rate
-from archopt.optim.fused import made_of, refuse, wants_kernel
+from archopt.optim.fused import made_of, memory_key, ordinary, refuse, wants_kernel
 
 STATE = ("exp_avg_sq", "scale", "step", "turn", "skipped")  # as the kernel wants it
 
@@ -39,8 +39,6 @@ class Kept:
         return self._found[number][2]
 
 
-_ORDINARY = {Tensor, nn.Parameter}
-_kind = attrgetter("dtype", "device", "shape")
 _is_cpu = attrgetter("is_cpu")
 
 
@@ -68,7 +66,7 @@ def _key(
     """All that decides how tensors are served and where they lie, but for the places of gradients; and what has to
     live for that. None where there are tensors whose memory cannot be asked for.
     """
-    if not (_ORDINARY.issuperset(map(type, params)) and all(map(_is_cpu, params))):
+    if not (ordinary(params) and all(map(_is_cpu, params))):
         return None, None
     values = list(itertools.chain.from_iterable([state.values() for state in states]))
     grads: list[Any] = [param.grad for param in params]
@@ -76,17 +74,8 @@ def _key(
         axis_of(group),
         group["channel_groups"],
         group["fused"],
-        *map(id, params),
-        *map(id, values),
-        *map(Tensor.data_ptr, params),
-        *map(Tensor.data_ptr, values),
-        *map(Tensor.stride, params),
-        *map(Tensor.stride, grads),
-        *map(_kind, params),
-        *map(_kind, grads),
         *map(type, grads),
-        *map(Tensor.is_neg, params),
-        *map(Tensor.is_neg, grads),
+        *memory_key(params, grads, values),
     )
     return key, (params, values)
 

@@ -6,17 +6,16 @@ from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archopt.kernels import gpu
 from archopt.kernels.cpu import Memory, obstacle_of_gradient, obstacle_of_view
 from archopt.optim.base import rate
-from archopt.optim.fused import made_of, refuse, wants_kernel
+from archopt.optim.fused import made_of, ordinary, refuse, wants_kernel
 from archopt.optim.nero_fused import STATE, axis_of, disorder, layout_of
 
 EXPECTED = (torch.float32, torch.float32, torch.float32, torch.float32, torch.int32)  # types of STATE
 
-_ORDINARY = {Tensor, nn.Parameter}
 _dtype, _shape, _grad = map(attrgetter, ("dtype", "shape", "grad"))
 _options = itemgetter(*gpu.Options._fields)
 
@@ -58,8 +57,7 @@ def served(groups: Sequence[Members], plans: gpu.Plans) -> Served:
     asked = [members for members, wants in zip(groups, wanted, strict=True) if wants]
     params = list(itertools.chain.from_iterable([members.params for members in asked]))
     grads: list[Any] = list(map(_grad, params))
-    ordinary = _ORDINARY.issuperset(map(type, params)) and _ORDINARY.issuperset(map(type, grads))
-    if gpu.missing() or not ordinary:  # others may have no address to ask for
+    if gpu.missing() or not (ordinary(params) and ordinary(grads)):  # others may have no address to ask for
         return _prepared(groups, wanted, sets, plans)
     if gpu.capturing():
         return plans.captured(lambda: _prepared(groups, wanted, sets, plans))

@@ -10,16 +10,16 @@ from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archopt.kernels import gpu
+from archopt.optim.fused import ordinary
 from archopt.optim.nero_fused import axis_of
 from archopt.optim.nero_gpu import Members, Served, gpu_nero, sets_of
 
 Groups = Sequence[dict[str, Any]]
 State = dict[Tensor, dict[str, Tensor]]
 
-_ORDINARY = {Tensor, nn.Parameter}
 _dtype, _shape, _grad, _requires_grad = map(attrgetter, ("dtype", "shape", "grad", "requires_grad"))
 _ways = itemgetter("fused", "foreach", "capturable", "channel_groups", "stochastic_rounding")
 
@@ -112,7 +112,7 @@ def _places(trained: list[Tensor]) -> Hashable:
     Their shape and type are those of their weight.
     """
     grads: list[Any] = list(map(_grad, trained))
-    if not _ORDINARY.issuperset(map(type, grads)):
+    if not ordinary(grads):
         return None
     try:
         return (

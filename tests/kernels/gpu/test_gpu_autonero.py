@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import archopt
 from archopt.kernels.gpu_autonero import ON_CHIP
 from archopt.optim import autonero_fused
+from kernels.test_autonero_fused import values
+from kernels.test_cpu import refusal
 
 ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -68,15 +70,6 @@ def steps(model: nn.Module, optimizer: archopt.AutoNero, times: range) -> None:
         optimizer.step()
 
 
-def values(model: nn.Module, optimizer: archopt.AutoNero) -> dict[str, Tensor]:
-    found = {}
-    for name, param in model.named_parameters():
-        found[name] = param.detach().clone()
-        for key, value in optimizer.state.get(param, {}).items():
-            found[f"{name}/{key}"] = value.clone()
-    return found
-
-
 def assert_close(
     actual: dict[str, Tensor], expected: dict[str, Tensor], weights: float, movement: float
 ) -> None:
@@ -85,12 +78,6 @@ def assert_close(
         gap, size = float((actual[name].double() - wanted.double()).norm()), float(wanted.double().norm())
         bound = movement if name.endswith(("movement", "feedback")) else weights
         assert gap <= bound * size, f"{name} differs by {gap:.3g} of {size:.3g}"
-
-
-def refusal(call: Any) -> str:
-    with pytest.raises(ValueError) as caught:
-        call()
-    return str(caught.value)
 
 
 # -- the same step -----------------------------------------------------------------------------------------

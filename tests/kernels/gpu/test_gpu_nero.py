@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from archopt import Nero, kernels
 from archopt.kernels import gpu
 from archopt.optim.nero import nero_update
+from kernels.test_cpu import VIEWS as CPU_VIEWS
+from kernels.test_cpu import random
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One rounding of the weight's own type, and what sums in float32 lose.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -156,27 +154,15 @@ def test_bias_correction_keeps_its_digits(t: int, device: str) -> None:
 # -- layouts and groups ------------------------------------------------------------------------------------
 
 
-def channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
+# As for the CPU's kernel, with sizes that the interpreter gets through, and size classes of the GPU's own.
 VIEWS = {
-    "rows": (lambda: random(9, 40), {}),
+    **CPU_VIEWS,
     "many short rows": (lambda: random(150, 7), {}),
     "entries": (lambda: random(2500), {}),
     "scalar": (lambda: random(), {}),
     "one entry a row": (lambda: random(40, 1), {}),
     "columns": (lambda: random(40, 170), {"neuron_dim": 1}),
     "few long columns": (lambda: random(1000, 3), {"neuron_dim": 1}),
-    "transposed": (lambda: random(40, 9).t(), {}),
-    "filters": (lambda: random(6, 5, 3, 3), {}),
-    "channels last": (lambda: channels_last(random(6, 5, 3, 3)), {}),
-    "transposed filters": (lambda: random(6, 5, 3, 3), {"neuron_dim": 1}),
-    "transposed filters, channels last": (lambda: channels_last(random(6, 5, 3, 3)), {"neuron_dim": 1}),
-    "transposed filters with long runs": (lambda: random(4, 5, 7, 8), {"neuron_dim": 1}),
-    "many groups": (lambda: random(8, 3, 2, 2), {"neuron_dim": 1, "channel_groups": 4}),
-    "taps": (lambda: random(6, 5, 3, 3), {"neuron_dim": (0, 1)}),
-    "outputs and rows of taps": (lambda: random(6, 5, 3, 4), {"neuron_dim": (0, 2)}),
     "batches of columns": (lambda: random(3, 40, 70), {"neuron_dim": (0, 2)}),
 }
 
@@ -216,6 +202,12 @@ def many(device: str, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 def give_gradients(params: list[nn.Parameter], t: int) -> None:
     for i, param in enumerate(params):
         param.grad = placed(random(*param.shape, seed=100 * t + i, dtype=param.dtype), str(param.device))
+
+
+def step_by(optimizer: Nero, params: list[nn.Parameter], grads: list[Tensor | None]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    optimizer.step()
 
 
 def test_tensors_of_all_sizes_and_types_step_together_as_each_does_alone(device: str) -> None:
@@ -364,9 +356,7 @@ def test_nothing_is_prepared_again_where_nothing_moved(device: str, monkeypatch:
     give_gradients(params, 1)
     second = [p.grad for p in params]
     for grads in (second, first, second):
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        optimizer.step()
+        step_by(optimizer, params, grads)
     assert len(prepared) == 2
     params[0].data = params[0].data.clone()
     optimizer.step()
@@ -566,9 +556,7 @@ def test_a_step_that_repeats_another_looks_at_nothing_twice(
     give_gradients(params, 1)
     second = [p.grad for p in params]
     for grads in (second, first, second):
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        optimizer.step()
+        step_by(optimizer, params, grads)
     assert len(long_ways) == 2
     assert [float(optimizer.state[p]["step"]) for p in params] == [6, 6]
     params[0].grad = None
