@@ -31,6 +31,10 @@ Group = dict[str, Any]
 States = Mapping[Tensor, dict[str, Tensor]]
 
 
+ALONE_ENTRIES = 2**16
+"""A matrix of so many entries keeps a CPU's threads busy by itself: joining it with others would only copy it."""
+
+
 class FusedStep:
     """One step of all tensors of one device that a kernel serves, as often as it repeats. It keeps no gradients."""
 
@@ -104,7 +108,9 @@ class FusedStep:
         for key, positions in itertools.groupby(range(len(self._keys)), key=self._keys.__getitem__):
             first, *others = positions
             if key[0] == HIDDEN:
-                most = max(1, JOINED_ENTRIES // self.tensors[first].weight.numel())
+                entries = self.tensors[first].weight.numel()
+                alone = self.device.type == "cpu" and entries >= ALONE_ENTRIES
+                most = 1 if alone else max(1, JOINED_ENTRIES // entries)
                 end = first + 1 + len(others)
                 blocks = self.groups[self.tensors[first].group]["blocks"]
                 for start in range(first, end, most):

@@ -5,8 +5,9 @@
    turn      the rest of the step of hidden matrices, whose polar factors torch has made of m meanwhile
 
    Streams of memory of the weights' size: measure reads g, d; average reads g, m and writes m (others: reads w too,
-   writes w, m, d); turn reads w, m, U and writes w, d. While a row is in cache it is passed over three times: for its
-   sums, for the norm after the step, and to write it.
+   writes w, m, d); turn reads w, m, U and writes w, d. While a row is in cache it is passed over twice: for four sums,
+   of w^2, w u, u^2 and m w, which give the norm that it will have after its step, and to write it. Where the norm would
+   come out of a cancellation, or out of squares that vanish, it is formed again from the moved row itself.
 
    A step that is not live writes nothing. The result depends on neither the number of threads nor the instruction
    set. The caller (archopt/kernels/cpu_autonero.py) has checked types, layouts and devices. */
@@ -78,9 +79,16 @@ typedef struct {
   double stride, scale;
 } Move;
 
+/* Of a row: of w^2, w u, u^2 and m w. */
 typedef struct {
-  double along, square; /* <m, w> and ||U||^2 */
+  double ww, wu, uu, mw;
 } Sums;
+
+/* A row whose squared norm after the step is a smaller part of its terms than this is summed again. */
+static const double CANCELLATION = 0.25;
+
+/* While a row is worked on the next one is fetched, unless both together leave the second cache. */
+static const int64_t AHEAD_BYTES = 256 * 1024;
 
 static Pace pace_of(const Tensor *t, const Options *o, const Scalars *s) {
   double step = (double)*t->step + 1;

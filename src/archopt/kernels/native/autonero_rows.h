@@ -125,52 +125,56 @@ static void FN(average)(const Tensor *t, const Options *o, const Scalars *s, int
 
 /* -- the move of a row ------------------------------------------------------------------------------------- */
 
-static inline void FN(sum_block)(const A *restrict m, const A *restrict w, const A *restrict u, int64_t n,
-                                 Sums *sums) {
-  FN(Lanes) mw = {0}, uu = {0};
+/* Adds the sums of up to BLOCK entries. The weights that lie `ahead` entries further on, if any, are asked for. */
+static inline void FN(sum_block)(const A *restrict w, const A *restrict u, const A *restrict m, int64_t n,
+                                 const T *ahead, Sums *sums) {
+  FN(Lanes) ww = {0}, wu = {0}, uu = {0}, mw = {0};
   int64_t i = 0;
   for (; i + FN(LANES) <= n; i += FN(LANES)) {
+    if (ahead) PREFETCH(ahead + i);
     UNROLLED
     for (int part = 0; part < FN(PARTS); part++) {
-      FN(Vector) a = FN(load)(u + i, part);
-      mw.part[part] += FN(load)(m + i, part) * FN(load)(w + i, part);
-      uu.part[part] += a * a;
+      FN(Vector) a = FN(load)(w + i, part), b = FN(load)(u + i, part);
+      ww.part[part] += a * a;
+      wu.part[part] += a * b;
+      uu.part[part] += b * b;
+      mw.part[part] += FN(load)(m + i, part) * a;
     }
   }
-  double along = 0, square = 0;
+  Sums rest = {0, 0, 0, 0};
   for (; i < n; i++) {
-    along += (double)(m[i] * w[i]);
-    square += (double)(u[i] * u[i]);
+    rest.ww += (double)(w[i] * w[i]);
+    rest.wu += (double)(w[i] * u[i]);
+    rest.uu += (double)(u[i] * u[i]);
+    rest.mw += (double)(m[i] * w[i]);
   }
-  sums->along += FN(across)(&mw) + along;
-  sums->square += FN(across)(&uu) + square;
+  sums->ww += FN(across)(&ww) + rest.ww;
+  sums->wu += FN(across)(&wu) + rest.wu;
+  sums->uu += FN(across)(&uu) + rest.uu;
+  sums->mw += FN(across)(&mw) + rest.mw;
 }
 
-/* The sum of (w - stride u)^2. */
-static inline double FN(norm_block)(const A *restrict w, const A *restrict u, int64_t n, A stride) {
-  FN(Lanes) sum = {0};
-  int64_t i = 0;
-  for (; i + FN(LANES) <= n; i += FN(LANES)) {
-    UNROLLED
-    for (int part = 0; part < FN(PARTS); part++) {
-      FN(Vector) x = FN(load)(w + i, part) - FN(load)(u + i, part) * stride;
-      sum.part[part] += x * x;
-    }
+/* The sum of (w - stride u)^2 where the four sums cannot tell it. */
+static double FN(look_again)(const T *w, const A *u, int64_t fan_in, A stride) {
+  double square = 0;
+  for (int64_t i = 0; i < fan_in; i++) {
+    double x = (double)(FN(one)(w + i) - u[i] * stride);
+    square += x * x;
   }
-  double rest = 0;
-  for (; i < n; i++) {
-    A x = w[i] - u[i] * stride;
-    rest += (double)(x * x);
-  }
-  return FN(across)(&sum) + rest;
+  return square;
 }
 
-/* to: scale (w - stride u), which may be w itself; d: (w - that) / theta; returns <m, d>. */
+/* to: scale (w - stride u), which may be w itself; d: (w - that) / theta; returns <m, d>. The entries of u and m that
+   lie `ahead` further on, if any, are asked for. */
 static inline double FN(move_block)(A *to, A *restrict d, const A *w, const A *restrict u, const A *restrict m,
-                                    int64_t n, A stride, A scale, A per_theta) {
+                                    int64_t n, int64_t ahead, A stride, A scale, A per_theta) {
   FN(Lanes) sum = {0};
   int64_t i = 0;
   for (; i + FN(LANES) <= n; i += FN(LANES)) {
+    if (ahead) {
+      PREFETCH(u + i + ahead);
+      PREFETCH(m + i + ahead);
+    }
     UNROLLED
     for (int part = 0; part < FN(PARTS); part++) {
       FN(Vector) before = FN(load)(w + i, part);
@@ -192,21 +196,18 @@ static inline double FN(move_block)(A *to, A *restrict d, const A *w, const A *r
 }
 
 /* How a row that has `square` = s^2 moves along u, which is m itself where there is no polar factor; its radius. */
-static Move FN(decide)(const Tensor *t, const Options *o, const Pace *pace, double square, int64_t row,
+static Move FN(decide)(const Tensor *t, const Options *o, const Pace *pace, double square, int64_t row, int64_t ahead,
                        const T *restrict w, const A *m, const A *u) {
   A *R = (A *)t->radius + row, *grows_to = (A *)t->grows_to + row;
   A room[BLOCK];
   Move move = {0, 0, 1};
-  Sums sums = {0, 0};
-  double s = sqrt(square), length = s;
-  int polar = u != m;
-  if (polar || o->exponent != 0) {
-    for (int64_t k = 0; k < t->fan_in; k += BLOCK) {
-      int64_t n = t->fan_in - k < BLOCK ? t->fan_in - k : BLOCK;
-      FN(sum_block)(m + k, FN(read)(w + k, room, n), u + k, n, &sums);
-    }
-    if (polar) length = sqrt(sums.square);
+  Sums sums = {0, 0, 0, 0};
+  for (int64_t k = 0; k < t->fan_in; k += BLOCK) {
+    int64_t n = t->fan_in - k < BLOCK ? t->fan_in - k : BLOCK;
+    FN(sum_block)(FN(read)(w + k, room, n), u + k, m + k, n, ahead ? w + k + ahead : NULL, &sums);
   }
+  int polar = u != m;
+  double s = sqrt(square), length = polar ? sqrt(sums.uu) : s;
   if (!((A)length > 0 && (A)s > 0 && pace->angle != 0)) return move;
 
   int young = *grows_to > 0, plain = young || t->kind == PLAIN;
@@ -215,11 +216,8 @@ static Move FN(decide)(const Tensor *t, const Options *o, const Pace *pace, doub
   if (t->kind == PLAIN) reach = *t->reach;
   move.stride = pace->angle * reach / length * (polar ? 1 : pace->inverse);
 
-  double after = 0;
-  for (int64_t k = 0; k < t->fan_in; k += BLOCK) {
-    int64_t n = t->fan_in - k < BLOCK ? t->fan_in - k : BLOCK;
-    after += FN(norm_block)(FN(read)(w + k, room, n), u + k, n, (A)move.stride);
-  }
+  double a = move.stride, terms = sums.ww + a * (a * sums.uu), after = terms - 2 * a * sums.wu;
+  if (!(after > CANCELLATION * terms) || sums.uu < TINY / EPSILON) after = FN(look_again)(w, u, t->fan_in, (A)a);
   double norm = sqrt(after);
   move.moves = (A)norm > 0;
   if (!move.moves) return move;
@@ -227,12 +225,17 @@ static Move FN(decide)(const Tensor *t, const Options *o, const Pace *pace, doub
     *R = (A)norm;
   } else {
     double scaled = radius * s;
-    double outward = sums.along * pace->inverse / (scaled == 0 ? 1 : scaled);
+    double outward = sums.mw * pace->inverse / (scaled == 0 ? 1 : scaled);
     *R = (A)(o->exponent == 0 ? radius : radius * exp(-o->exponent * pace->angle * outward));
     move.scale = (double)*R / norm;
   }
   if (young && *R >= *grows_to) *grows_to = 0;
   return move;
+}
+
+/* Entries from a row to the next one, where that is to be fetched while this one is worked on, else 0. */
+static inline int64_t FN(ahead_of)(const Tensor *t) {
+  return 6 * t->fan_in * (int64_t)sizeof(A) <= AHEAD_BYTES ? t->fan_in : 0;
 }
 
 /* The step of a row; returns <m, d>. */
@@ -241,7 +244,8 @@ static inline double FN(step_row)(const Tensor *t, const Options *o, const Pace 
   const int64_t first = row * t->fan_in;
   const A *m = (const A *)t->exp_avg + first;
   T *w = (T *)t->weight + first;
-  const Move move = FN(decide)(t, o, pace, square, row, w, m, u);
+  const int64_t ahead = FN(ahead_of)(t);
+  const Move move = FN(decide)(t, o, pace, square, row, ahead, w, m, u);
   A d_room[BLOCK];
 #ifdef FROM
   A w_room[BLOCK];
@@ -259,7 +263,7 @@ static inline double FN(step_row)(const Tensor *t, const Options *o, const Pace 
 #else
       A *to = w + k;
 #endif
-      along += FN(move_block)(to, d, to, u + k, m + k, n, (A)move.stride, (A)move.scale, (A)pace->per_theta);
+      along += FN(move_block)(to, d, to, u + k, m + k, n, ahead, (A)move.stride, (A)move.scale, (A)pace->per_theta);
 #ifdef FROM
       for (int64_t i = 0; i < n; i++) w[k + i] = TO(w_room[i]);
 #endif
