@@ -22,12 +22,12 @@ from archopt.optim.autonero_rule import (
     vector_update,
 )
 from archopt.optim.autonero_tensors import (
-    JOINED_ENTRIES,
     MOVEMENT_DTYPES,
     bias_name,
     check_blocks,
     dims_of,
     first_radius,
+    joined_entries,
     movement_dtype,
     rows_of,
     scale_,
@@ -494,7 +494,7 @@ def _batches(params: list[Tensor], group: dict[str, Any]) -> list[list[Tensor]]:
     for param in params:
         shape = param.shape if dims_of(param, group) else None
         batches = alike.setdefault((shape, param.dtype, param.device), [[]])
-        if sum([p.numel() for p in batches[-1]]) >= JOINED_ENTRIES:
+        if sum([p.numel() for p in batches[-1]]) >= joined_entries(param.device):
             batches.append([])
         batches[-1].append(param)
     return [batch for batches in alike.values() for batch in batches]

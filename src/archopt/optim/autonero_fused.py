@@ -20,7 +20,7 @@ from archopt.kernels.cpu_autonero import CpuPasses
 from archopt.kernels.gpu_autonero import GpuPasses
 from archopt.neurons import NeuronDim, statistics_dtype
 from archopt.optim.autonero_rule import LEAST_FEATURES
-from archopt.optim.autonero_tensors import JOINED_ENTRIES, dims_of, movement_dtype, steps_plainly
+from archopt.optim.autonero_tensors import dims_of, joined_entries, movement_dtype, steps_plainly
 from archopt.optim.base import bias_correction, rate
 from archopt.optim.fused import Made, made_of, memory_key, ordinary, refuse, wants_kernel
 from archopt.optim.matrices import nonzero
@@ -29,10 +29,6 @@ from archopt.optim.orthogonalise import orthogonalise
 
 Group = dict[str, Any]
 States = Mapping[Tensor, dict[str, Tensor]]
-
-
-ALONE_ENTRIES = 2**16
-"""A matrix of so many entries keeps a CPU's threads busy by itself: joining it with others would only copy it."""
 
 
 class FusedStep:
@@ -108,9 +104,7 @@ class FusedStep:
         for key, positions in itertools.groupby(range(len(self._keys)), key=self._keys.__getitem__):
             first, *others = positions
             if key[0] == HIDDEN:
-                entries = self.tensors[first].weight.numel()
-                alone = self.device.type == "cpu" and entries >= ALONE_ENTRIES
-                most = 1 if alone else max(1, JOINED_ENTRIES // entries)
+                most = max(1, joined_entries(self.device) // self.tensors[first].weight.numel())
                 end = first + 1 + len(others)
                 blocks = self.groups[self.tensors[first].group]["blocks"]
                 for start in range(first, end, most):

@@ -12,14 +12,21 @@ from archopt.optim.matrices import scale_rows_
 
 MOVEMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-JOINED_ENTRIES = 2**24  # joined at a time where tensors are joined: bounds the transient memory
-
 
 def dims_of(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     """The dimensions of `as_rows` that a row sums over; `()` for vectors and for all of fan-in 1."""
     if group["family"] == "vector":
         return ()
     return fan_in_dims(param.shape, group["neuron_dim"], group["channel_groups"])
+
+
+def joined_entries(device: torch.device) -> int:
+    """How many entries are joined at a time where tensors are joined: bounds the transient memory.
+
+    On a CPU so few that they stay in its caches between the operations on them; larger matrices keep its threads
+    busy one by one, and joining would only copy them.
+    """
+    return 2**18 if device.type == "cpu" else 2**24
 
 
 def steps_plainly(group: Mapping[str, Any]) -> bool:
