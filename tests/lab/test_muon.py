@@ -51,6 +51,48 @@ def test_hidden_matrices_and_convolutions_are_muons_and_the_rest_adamws():
     assert names(model, muon) | names(model, adamw) == {name for name, _ in model.named_parameters()}
 
 
+@pytest.mark.parametrize("options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}])
+def test_products_in_float32_move_as_torchs_in_bfloat16_up_to_their_rounding(options):
+    torch.manual_seed(0)
+    model = Net()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    grads = [{name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(3)]
+    models = copy.deepcopy(model), copy.deepcopy(model)
+    for twin, products in zip(models, ("bfloat16", "float32"), strict=True):
+        optimizer = MuonWithAdamW(twin, weight_decay=0.1, products=products, **options)
+        for step in grads:
+            for name, p in twin.named_parameters():
+                p.grad = step[name].clone()
+            optimizer.step()
+    ours = dict(models[1].named_parameters())
+    for name, theirs in models[0].named_parameters():
+        assert (ours[name] - theirs).norm() < 0.05 * (theirs - start[name]).norm(), name
+
+
+def test_products_in_float32_resume_to_the_bit():
+    torch.manual_seed(0)
+    model = Net()
+    twin = copy.deepcopy(model)
+    optimizer, other = MuonWithAdamW(model, products="float32"), MuonWithAdamW(twin, products="float32")
+    for _ in range(3):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        twin.load_state_dict(model.state_dict())
+    for m, o in ((model, optimizer), (twin, other)):
+        loss(m).backward()
+        o.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("options", [{"products": "float16"}, {"products": "float32", "ns_steps": 4}])
+def test_products_that_do_not_exist_are_refused(options):
+    with pytest.raises(ValueError, match="expected"):
+        MuonWithAdamW(Net(), **options)
+
+
 def test_each_part_moves_as_torchs_own_optimisers_move_it():
     torch.manual_seed(0)
     model = Net()
