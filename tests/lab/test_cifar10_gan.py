@@ -490,7 +490,7 @@ def test_the_smoke_preset_runs_on_real_pictures(tmp_path: Path) -> None:
     experiment = open_experiment(
         WorkloadChoice("cifar10-gan", "smoke", {}), real_data_path(), torch.device("cpu")
     )
-    assert experiment.workload.steps_per_epoch == 13
+    assert (experiment.workload.pass_steps, experiment.workload.steps_per_epoch) == (13, 2)
     result = run(tmp_path, experiment, "nero", lr=0.01)
     assert result["status"] == "finished", result["error"]
     assert result["metric"]["key"] == "frechet_classifier_test"

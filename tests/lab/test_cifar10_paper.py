@@ -90,7 +90,8 @@ def test_the_schedule_is_the_published_one(cls: type[CIFAR10Paper], there: int) 
     workload = with_pictures(cls(), there)
     assert workload.steps == 77_809
     assert workload.eval_every == 391
-    assert workload.steps_per_epoch == -(-there // 128)
+    assert workload.steps_per_epoch == 391
+    assert workload.pass_steps == -(-there // 128)
     of = workload.schedule
     assert of(0) == pytest.approx(1 / 1955)
     assert of(999) == pytest.approx(1000 / 1955)

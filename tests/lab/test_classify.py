@@ -284,18 +284,19 @@ def test_mnist_at_hand_is_the_published_set() -> None:
     workload = Classify(dataset="mnist")
     workload.load(real_data("mnist"))
     assert workload.data_note == ""
-    assert (workload.epoch_steps, workload.steps_per_epoch, workload.steps) == (469, 469, 93_800)
+    assert (workload.pass_steps, workload.steps_per_epoch, workload.steps) == (469, 469, 93_800)
     assert workload.build()(workload.batch(0, 0)[0]).shape == (128, 10)
 
 
 def test_an_epoch_has_the_published_steps_whatever_the_data_at_hand() -> None:
     half = held({}, train=250, test=10)
-    assert half.epoch_steps == half.eval_every == 391  # the last batch of 80
+    assert half.steps_per_epoch == half.eval_every == 391  # the last batch of 80
     assert half.steps == 78_200
-    assert half.steps_per_epoch == 2
-    assert held({"train_images": 250}, train=250).epoch_steps == 2
+    assert half.pass_steps == 2
+    assert half.steps / half.steps_per_epoch == half.epochs  # in the record too
+    assert held({"train_images": 250}, train=250).steps_per_epoch == 2
     assert held({"iterations": 7}).steps == 7
-    assert held({"dataset": "imagenet"}).epoch_steps == 10_010
+    assert held({"dataset": "imagenet"}).steps_per_epoch == 10_010
 
 
 # -- losses and accuracies -------------------------------------------------------------------------
@@ -382,6 +383,7 @@ def test_rules_without_a_step_size_have_their_relative_update_recorded_too(tmp_p
     told = lines(tmp_path)[1]["per_step"]
     assert set(told) == {"update"}
     assert told["update"]["steps"] == 2  # steps 0 and 4 of six
+    assert lines(tmp_path)[2]["per_step"]["update"]["steps"] == 2  # of every epoch
     assert 0 < told["update"]["least"] <= told["update"]["mean"] <= told["update"]["greatest"]
     run(tmp_path / "none", smoke(depth=2, width=8, updates_every=0), "adam", lr=0.001)
     assert "per_step" not in lines(tmp_path / "none")[1]

@@ -169,7 +169,7 @@ def numbered(workload: ImageNetResNet50, count: int) -> ImageNetResNet50:
 
 def test_the_schedule_is_the_published_one_whatever_data_there_are() -> None:
     workload = numbered(ImageNetResNet50(), 1000)
-    assert workload.epoch_steps == workload.eval_every == 3203
+    assert workload.steps_per_epoch == workload.eval_every == 3203
     assert workload.steps == 288_270
     # Spec 5, at the rate 0.1.
     expected = {

@@ -1,7 +1,7 @@
 """AGD trains networks with nothing set: published form at several depths, and the module form with everything.
 
 The data are made here: 8 x 8 pictures of ten random smooth patterns, shifted, scaled and noisy, so that classes
-overlap and a linear model does not suffice. Numbers on real digits stand in docs/agd.md.
+overlap and a linear model does not suffice. test_agd_digits.py trains on real digits.
 """
 
 import math

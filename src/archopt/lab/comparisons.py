@@ -30,6 +30,19 @@ class Reading:
     """Standard deviation of the population of seeds."""
     metric: str = ""
     """Key of the metric in which the paper gives it, where that is not the workload's usual one."""
+    best: bool = False
+    """Whether it is the best value on the way rather than the last one."""
+
+
+@dataclass(frozen=True)
+class FirstEpoch:
+    """What a paper's figure shows of the steps of the first epoch, read off to 10 or 20 %."""
+
+    workload: str
+    optimizer: str
+    number: str
+    """`eta`, the automatic step size, or `update`, the relative update; its mean over the epoch."""
+    value: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,7 @@ class NamedComparison:
     lrs: tuple[float, ...]
     """What every other entry that has a rate is run at."""
     published: tuple[Reading, ...] = ()
+    first_epoch: tuple[FirstEpoch, ...] = ()
     seen: tuple[str, ...] = ()
     """What its figures show beside these numbers, read off to 10 or 20 %."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -125,10 +139,15 @@ def _batches(size: int) -> str:
     return f"classify(depth=4,train_bs={size})"
 
 
-def _agd(workload: str, agd: float, **others: float) -> tuple[Reading, ...]:
+def _agd(workload: str, agd: float, *, best: bool = False, **others: float) -> tuple[Reading, ...]:
     """Readings of AGD and of others whose best rate the paper does not tell."""
     means = {"agd-paper": agd, **others}
-    return tuple(Reading(workload, optimizer, None, mean) for optimizer, mean in means.items())
+    return tuple(Reading(workload, optimizer, None, mean, best=best) for optimizer, mean in means.items())
+
+
+def _first_etas(values: Mapping[str, float]) -> tuple[FirstEpoch, ...]:
+    """AGD's step size in the first epoch, by workload."""
+    return tuple(FirstEpoch(workload, "agd-paper", "eta", value) for workload, value in values.items())
 
 
 def _benchmark(
@@ -153,7 +172,15 @@ def _benchmark(
 
 
 def _agd_against_tuned(
-    name: str, network: str, data: str, workload: str, *, agd: float, adam: float, seen: tuple[str, ...]
+    name: str,
+    network: str,
+    data: str,
+    workload: str,
+    *,
+    agd: float,
+    adam: float,
+    eta: float,
+    seen: tuple[str, ...],
 ) -> NamedComparison:
     """One network of the main comparison of AGD's paper."""
     return NamedComparison(
@@ -164,6 +191,7 @@ def _agd_against_tuned(
         optimizers=("agd-paper", "adam", "sgd"),
         lrs=TUNED,
         published=_agd(workload, agd, adam=adam),
+        first_epoch=_first_etas({workload: eta}),
         seen=seen,
         paper_options={"epochs": 2000},
     )
@@ -307,6 +335,7 @@ COMPARISONS = {
             FCN,
             agd=0.527,
             adam=0.535,
+            eta=0.12,
             seen=(
                 "eta 0.12 at epoch 1, 0.5 near epoch 200, 0.03 at the end (its band there 0.003 to 0.2)",
                 "training loss from 1 to 0.003; training accuracy 100 % by epoch 700",
@@ -319,6 +348,7 @@ COMPARISONS = {
             CONV18,
             agd=0.912,
             adam=0.929,
+            eta=0.15,
             seen=(
                 "eta 0.15 at epoch 1, falling to 0.1, rising to 0.3, 0.03 at the end",
                 "training loss 3e-4 to 1e-3 at the end; training accuracy nearly 100 % by epoch 150 to 200",
@@ -331,6 +361,7 @@ COMPARISONS = {
             CONV16,
             agd=0.674,
             adam=0.697,
+            eta=0.4,
             seen=(
                 "eta 0.4 at epoch 1, falling to 0.15, rising to 0.35, 0.03 at the end",
                 "training accuracy 100 % at epoch 100 to 150",
@@ -344,6 +375,7 @@ COMPARISONS = {
             optimizers=("agd-paper", "sgd(lr=0.1)"),
             lrs=TUNED,
             published=_agd(PHOTOGRAPHS, 0.655),
+            first_epoch=_first_etas({PHOTOGRAPHS: 0.35}),
             seen=(
                 "eta 0.3 to 0.4 throughout; training accuracy 69 %, test accuracy 65 % at epoch 350",
                 "SGD at a fixed rate of 0.1: training accuracy 82 %, test accuracy 50 to 55 % and noisy",
@@ -393,6 +425,10 @@ COMPARISONS = {
                 Reading(FCN8, "adam", 1e-4, 0.03, metric="train_loss"),
                 Reading(FCN8, "sgd", 0.1, 0.14, metric="train_loss"),
             ),
+            first_epoch=tuple(
+                FirstEpoch(FCN8, optimizer, "update", value)
+                for optimizer, value in {"agd-paper": 2e-3, "adam": 2e-3, "sgd": 4e-3}.items()
+            ),
             seen=(
                 "relative update: AGD 2e-3, then 3e-3, at the end 2e-3; Adam from 2e-3 to 3e-4; SGD from 4e-3 to "
                 "1e-2",
@@ -406,7 +442,10 @@ COMPARISONS = {
             workloads=tuple(_square(depth, width) for depth in DEPTHS for width in (*WIDTHS, *LARGE_WIDTHS)),
             optimizers=("agd-paper",),
             lrs=TUNED,
-            published=(*_agd(_square(2, 64), 0.4255), *_agd(_square(4, 2048), 0.637)),
+            published=(
+                *_agd(_square(2, 64), 0.4255, best=True),
+                *_agd(_square(4, 2048), 0.637, best=True),
+            ),
             seen=("the wider the better in training; 8 and 16 layers train better than 32",),
             seeds=(0,),
             tuning_seeds=None,

@@ -270,9 +270,19 @@ def _describe(request: Request, part: Part, refused: str) -> dict[str, Any]:
                         "mean": reading.mean,
                         "deviation": reading.deviation,
                         "metric": reading.metric,
+                        "best": reading.best,
                     }
                     for reading in named.published
                     if reading.workload == text
+                ],
+                "first_epoch": [
+                    {
+                        "optimizer": parse_optimizer(seen.optimizer).label,
+                        "number": seen.number,
+                        "value": seen.value,
+                    }
+                    for seen in named.first_epoch
+                    if seen.workload == text
                 ],
             }
             for text in named.trained(request.preset)
@@ -284,14 +294,16 @@ def deviations(
     workload: str, preset: str, paper_options: Mapping[str, Any] | None = None
 ) -> dict[str, list[Any]]:
     """The options in which a preset differs from `paper`, which has `paper_options` over the workload's own: the
-    paper's value and the preset's."""
+    paper's value and the preset's, None where the others make an option mean nothing."""
     call = parse_call(workload)
     cls = workload_class(call.name)
     paper = make_workload(cls, PAPER, {**call.options, **(paper_options or {})})
     here = paper if preset == PAPER else make_workload(cls, preset, call.options)
     pairs = {
-        option.name: [getattr(paper, option.name), getattr(here, option.name)]
+        option.name: [
+            None if option.name in where.unheeded else getattr(where, option.name) for where in (paper, here)
+        ]
         for option in dataclasses.fields(cls)
-        if option.init and option.name not in here.unheeded
+        if option.init
     }
     return {name: values for name, values in pairs.items() if values[0] != values[1]}

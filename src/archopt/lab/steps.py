@@ -21,7 +21,8 @@ class StepNumbers:
     """Follows the steps that an optimiser makes on a model.
 
     A layer is a trainable tensor with two dimensions or more.
-    updates_every: steps between measurements of the relative update, beginning with the first; 0: none.
+    updates_every: steps between measurements of the relative update, beginning with the first after an evaluation;
+        0: none.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, updates_every: int) -> None:
@@ -36,7 +37,7 @@ class StepNumbers:
             self._values[UPDATE] = []  # of each layer
 
     def before(self, step: int) -> None:
-        """Notes the weights, where the coming step's update is to be measured."""
+        """Notes the weights, where the coming step's update is to be measured. step: since the last evaluation."""
         measured = UPDATE in self._values and step % self._every == 0
         self._before = [param.detach().clone() for param in self._layers.values()] if measured else None
 

@@ -313,7 +313,7 @@ class Run:
             seeds.seed_all(seeds.mix(self.seed, step, seeds.STEP), self._device)
             self._schedule(step)
             for follower in self._followers.values():
-                follower.before(step)
+                follower.before(step % every)
             with self._autocast:
                 clock.enter(measure.FORWARD_BACKWARD)
                 told = workload.train_step(self, step)

@@ -287,7 +287,7 @@ def _workload(
     asked: list[Run] = []
     for optimizer in optimizers:
         for lr in _rates(optimizer, name, lrs, found):
-            for seed in _seeds(seeds, tuning, place, optimizer, lr):
+            for seed in _seeds(seeds, tuning, place, optimizer, lr, found):
                 absent = Run(optimizer.label, lr, seed, "missing", averaged=optimizer.averaged)
                 asked.append(found.pop((optimizer.label, lr, seed), absent))
     return Workload(
@@ -304,17 +304,27 @@ def _workload(
     )
 
 
+Key = tuple[str, float | None, int]
+
+
 def _seeds(
-    seeds: Sequence[int], tuning: Mapping[str, Any] | None, place: str, optimizer: Optimizer, lr: float | None
+    seeds: Sequence[int],
+    tuning: Mapping[str, Any] | None,
+    place: str,
+    optimizer: Optimizer,
+    lr: float | None,
+    found: Iterable[Key],
 ) -> Sequence[int]:
-    """The seeds of which runs are expected at a rate: those that tune, and all of them if it was chosen."""
+    """The seeds of which runs are expected at a rate: those that tune, and all of them if it was chosen.
+
+    A record may not say yet what was chosen, while a comparison goes on: then the runs of other seeds tell.
+    """
     label = optimizer.label.removesuffix(AVERAGE) if optimizer.averaged else optimizer.label
     if tuning is None or lr in tuning["rates"].get(place, {}).get(label, ()):
         return seeds
+    if any((optimizer.label, lr, seed) in found for seed in seeds if seed not in tuning["seeds"]):
+        return seeds
     return [seed for seed in seeds if seed in tuning["seeds"]]
-
-
-Key = tuple[str, float | None, int]
 
 
 def _rates(optimizer: Optimizer, workload: str, lrs: Any, found: Iterable[Key]) -> list[float | None]:

@@ -25,6 +25,7 @@ from archopt.lab.report.table import Column, Entry, Table, markdown_table, with_
 
 RECORD = "reproduction.json"
 PAGE = "report.html"
+NUMBERS = {"eta": "step size eta", UPDATE: "relative update"}
 FEW = 6
 """Of no more workloads of a sweep than these are step sizes told in words."""
 
@@ -40,6 +41,8 @@ class Published:
     deviation: float | None
     metric: str
     """Key of the metric that it is given in; empty: the workload's."""
+    best: bool = False
+    """Whether it is the best value on the way."""
 
     def text(self, metric: Metric) -> str:
         """The value as the metric is written."""
@@ -58,6 +61,8 @@ class Reproduced:
     published: Mapping[str, Published]
     """By the optimiser's label."""
     deviations: Mapping[str, Sequence[Any]]
+    first_epoch: Sequence[Mapping[str, Any]] = ()
+    """What the paper shows of the first epoch: `optimizer`, `number` and `value`."""
 
     @property
     def workload(self) -> Workload:
@@ -141,7 +146,8 @@ def _part(folder: Path, entry: Mapping[str, Any]) -> Part:
         comparison = load(place)
         for summary, told in zip(summarise(comparison), entry["workloads"], strict=True):
             published = {known["optimizer"]: Published(**known) for known in told["published"]}
-            workloads.append(Reproduced(summary, published, told["deviations"]))
+            first = told.get("first_epoch", ())  # which older records do not have
+            workloads.append(Reproduced(summary, published, told["deviations"], first))
     return Part(
         entry["name"],
         entry["summary"],
@@ -202,6 +208,30 @@ def _beside_row(label: str, cell: Cell | None, workload: Reproduced) -> tuple[En
     )
 
 
+def first_epoch(workload: Reproduced) -> Table | None:
+    """The numbers of the steps of the first epoch beside the paper's; None where it tells none."""
+    rows = []
+    for seen in workload.first_epoch:
+        row = next((r for r in workload.summary.rows if r.optimizer.label == seen["optimizer"]), None)
+        points = [] if row is None else curve(row.leading.finished, step_value(seen["number"], "mean"))
+        setting = seen["optimizer"] if row is None else text.setting(row.optimizer.label, row.leading.lr)
+        here = f"{points[0].mean:.2g}" if points else text.NONE
+        rows.append(
+            (Entry(setting), Entry(NUMBERS[seen["number"]]), Entry(here), Entry(f"{seen['value']:.2g}"))
+        )
+    columns = (
+        Column("optimiser", "At its best rate here."),
+        Column("number", "Its mean over the steps of the epoch."),
+        Column("here", "In our first epoch, which has as many steps as the preset makes it."),
+        Column("published", "Read off the paper's figure to 10 or 20 %."),
+    )
+    return (
+        Table(workload.workload.title, "the first epoch, beside the paper's", columns, tuple(rows))
+        if rows
+        else None
+    )
+
+
 def over_sweep(part: Part) -> Table:
     """All workloads of a sweep in one table: at the end, at the best evaluation on the way, and in the paper."""
     names, metric = part.swept, part.workloads[0].workload.metric
@@ -223,7 +253,7 @@ def over_sweep(part: Part) -> Table:
 def _sweep_row(workload: Reproduced, row: Row, names: Sequence[str]) -> tuple[Entry, ...]:
     metric, cell = workload.workload.metric, row.leading
     known = workload.published.get(row.optimizer.label)
-    best = spread([value for run in cell.finished if (value := best_on_the_way(run)) is not None])
+    best = _on_the_way(cell)
     options = [workload.workload.options[name] for name in names]
     return (
         *(Entry(str(value), float(value)) for value in options),
@@ -233,6 +263,10 @@ def _sweep_row(workload: Reproduced, row: Row, names: Sequence[str]) -> tuple[En
         Entry(f"{len(cell.finished)}/{len(cell.runs)}", bad=not cell.complete),
         Entry(text.NONE if known is None else known.text(metric)),
     )
+
+
+def _on_the_way(cell: Cell) -> Spread | None:
+    return spread([value for run in cell.finished if (value := best_on_the_way(run)) is not None])
 
 
 def overview(reproduction: Reproduction) -> Table:
@@ -265,6 +299,8 @@ def overview(reproduction: Reproduction) -> Table:
 def _overview_row(workload: Reproduced, labels: Sequence[str]) -> tuple[Entry, ...]:
     metric = workload.workload.metric
     arrow = "↑" if metric.higher_is_better else "↓"
+    if any(known.best for known in workload.published.values()):
+        arrow += ", the best on the way"
     other = f" ({workload.other_metric})" if workload.other_metric else ""
     rows = {row.optimizer.label: row for row in workload.summary.rows}
     return (
@@ -279,6 +315,10 @@ def _overview_entry(row: Row | None, workload: Reproduced, label: str) -> Entry:
     stated = f" ({known.text(workload.stated)})" if known and known.mean is not None else ""
     if row is None:
         return Entry(f"{text.NONE}{stated}")
+    if known is not None and known.best:
+        return Entry(
+            f"{text.mean_and_sd(workload.workload.metric, _on_the_way(row.leading))}{stated}", best=True
+        )
     return Entry(f"{text.final(row.leading)}{stated}", best=row is _best(workload.summary))
 
 
@@ -311,7 +351,7 @@ def remarks(workload: Reproduced) -> list[str]:
 
 def _steps(workload: Reproduced) -> Iterator[str]:
     """Step sizes and relative updates over training, to stand beside what the paper's figures show."""
-    for key, name in (("eta", "step size eta"), (UPDATE, "relative update")):
+    for key, name in NUMBERS.items():
         told = []
         for row in workload.summary.rows:
             points = curve(row.leading.finished, step_value(key, "mean"))
@@ -355,8 +395,8 @@ def _orders(workload: Reproduced) -> Iterator[str]:
     if len(means) < 2:
         return
     sign = -1 if workload.stated.higher_is_better else 1
-    paper = sorted(means, key=lambda label: sign * means[label])
     here = sorted(means, key=lambda label: sign * ours[label])
+    paper = sorted(here, key=lambda label: sign * means[label])  # where the paper has two alike, in our order
     same = "the same order" if paper == here else "another order"
     yield f"From best to worst in the paper: {', '.join(paper)}; here: {', '.join(here)} ({same})."
 
@@ -396,6 +436,8 @@ def markdown(reproduction: Reproduction) -> str:
             continue
         for workload in part.workloads:
             pieces.append(markdown_table(beside(workload)))
+            if (first := first_epoch(workload)) is not None:
+                pieces.append(markdown_table(first))
             lines = [*remarks(workload), *_steps(workload)]
             pieces.append("\n".join(f"- {escaped(line)}" for line in lines))
     return "\n\n".join(piece for piece in pieces if piece) + "\n"
@@ -463,6 +505,8 @@ def _body(part: Part, looks: dict[str, Style], specs: list[dict[str, Any]]) -> I
         return
     for workload in part.workloads:
         yield html.table(beside(workload), subject=True)
+        if (first := first_epoch(workload)) is not None:
+            yield html.table(first)
         lines = "".join(f"<li>{escape(line)}</li>" for line in (*remarks(workload), *_steps(workload)))
         yield f'<ul class="notes">{lines}</ul>'
         for figure in _figures(workload.summary, looks):

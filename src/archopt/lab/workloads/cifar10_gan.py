@@ -220,6 +220,10 @@ class CIFAR10GAN(Supervised):
         return {"discriminator": self.discriminator_optimizer} if self.discriminator_optimizer else {}
 
     @property
+    def steps_per_epoch(self) -> int:
+        return self.epoch_steps
+
+    @property
     def steps(self) -> int:
         return self.epochs * self.epoch_steps
 

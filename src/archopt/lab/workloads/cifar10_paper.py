@@ -82,23 +82,23 @@ class CIFAR10Paper(Supervised):
         return f"half of CIFAR-10: {there[0]:,} + {there[1]:,} images"
 
     @property
-    def epoch_steps(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Steps of an epoch of the schedule."""
         return -(-(self.epoch_images or len(self.train_inputs)) // self.batch_size)
 
     @property
     def steps(self) -> int:
-        return self.epochs * self.epoch_steps
+        return self.epochs * self.steps_per_epoch
 
     @property
     def eval_every(self) -> int:
-        return self.epoch_steps
+        return self.steps_per_epoch
 
     def schedule(self, step: int) -> float:
-        rising = self.warmup * self.epoch_steps
+        rising = self.warmup * self.steps_per_epoch
         if step < rising:
             return (step + 1) / rising
-        epoch = step // self.epoch_steps + 1
+        epoch = step // self.steps_per_epoch + 1
         falls = sum(epoch >= share * (self.epochs + 1) for share in MILESTONES)
         return float(FALL**falls)
 

@@ -14,7 +14,7 @@ multiplies AGD's update. Adam 0.001 and SGD 0.1 (momentum 0; the paper does not 
 Metric: test accuracy of the last epoch. Records hold both losses and both accuracies, means over rows (those of the
 published program are over batches, the short one counting as a whole one); the training ones are over the epoch's
 batches, each scored before its update. Under `per_step` stand mean, least and greatest of the automatic step size
-and of the relative update, the mean over layers of ||dW||_F / ||W||_F, at every `updates_every`-th step.
+and of the relative update, the mean over layers of ||dW||_F / ||W||_F, at every `updates_every`-th step of it.
 
 Where there are fewer pictures than published, an epoch of `paper` keeps its number of steps (on CIFAR-10 391 of
 128), about two passes over half the set. With `train_images` an epoch is one pass over those.
@@ -63,7 +63,7 @@ LARGE_ARCH = "resnet50"
 
 @dataclass
 class Classify(HeldRows):
-    """AGD's training program (see the module's text)."""
+    """AGD's training program: networks without biases, no schedule (docs/workloads.md, classify)."""
 
     name = "classify"
     summary = "the program of AGD's paper: fully connected, VGG, ResNet on CIFAR, MNIST, ImageNet"
@@ -80,9 +80,11 @@ class Classify(HeldRows):
     lrs = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
     epochs: int = 200
+    """Of the published number of steps, however many pictures there are."""
     arch: Arch = "fcn"
     """The network; vgg is vgg16."""
     dataset: Dataset = "cifar10"
+    """What is classified; fcn takes all, the others CIFAR, resnet50 imagenet too."""
     # Not `loss`, which is a method; the alias is the published program's spelling.
     objective: Annotated[Literal["mse", "xent"], arg(aliases=["--loss"])] = "mse"
     """mse: square loss of sqrt(classes) times one-hot targets; xent: cross-entropy."""
@@ -101,6 +103,7 @@ class Classify(HeldRows):
     train_images: int | None = None
     """Pictures to train on, which then are an epoch; None: all there are."""
     test_images: int | None = None
+    """Pictures to test on; None: all there are."""
     size: int = SIZE
     """Pixels of a side of imagenet's pictures."""
     iterations: int | None = None
@@ -115,6 +118,8 @@ class Classify(HeldRows):
         for name in ("train_images", "test_images", "iterations"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
+        if not math.isfinite(self.gain):
+            raise ValueError(f"gain={self.gain}, expected a finite value above 0")
         if self.updates_every < 0:
             raise ValueError(f"updates_every={self.updates_every}, expected at least 0")
         known = KNOWN[self.dataset]
@@ -124,7 +129,7 @@ class Classify(HeldRows):
         self._check_network()
 
     def _check_network(self) -> None:
-        """Refuses a network that cannot take the pictures, and options that it would not heed."""
+        """Refuses a network that cannot take the pictures, and a depth or width for one that has its own."""
         if self.arch == "fcn":
             return
         for name, usual in (("depth", DEPTH), ("width", WIDTH)):
@@ -150,7 +155,8 @@ class Classify(HeldRows):
     @property
     def unheeded(self) -> frozenset[str]:
         told = {"depth", "width"} if self.arch != "fcn" else {"channels"}
-        return frozenset(told if self.dataset == "imagenet" else {*told, "size"})
+        told |= set() if self.dataset == "imagenet" else {"size"}
+        return frozenset(told | ({"epochs"} if self.iterations else set()))
 
     # -- data and network ----------------------------------------------------------------------------------
 
@@ -188,7 +194,7 @@ class Classify(HeldRows):
     # -- steps ---------------------------------------------------------------------------------------------
 
     @property
-    def epoch_steps(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Steps of an epoch: of those pictures that were asked for, else of the published set."""
         return -(-(self.train_images or KNOWN[self.dataset].train) // self.train_bs)
 
@@ -198,11 +204,11 @@ class Classify(HeldRows):
 
     @property
     def steps(self) -> int:
-        return self.iterations or self.epochs * self.epoch_steps
+        return self.iterations or self.epochs * self.steps_per_epoch
 
     @property
     def eval_every(self) -> int:
-        return self.epoch_steps
+        return self.steps_per_epoch
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
         rows, targets = super().batch(step, seed)

@@ -136,20 +136,20 @@ class ImageNetResNet50(Supervised):
         return f"{there[0]:,} + {there[1]:,} images of {there[2]:,} classes"
 
     @property
-    def epoch_steps(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Steps of an epoch of the schedule."""
         return -(-(self.epoch_images or len(self.train_inputs)) // self.batch_size)
 
     @property
     def steps(self) -> int:
-        return self.epochs * self.epoch_steps
+        return self.epochs * self.steps_per_epoch
 
     @property
     def eval_every(self) -> int:
-        return self.epoch_steps
+        return self.steps_per_epoch
 
     def schedule(self, step: int) -> float:
-        rising = self.epoch_steps
+        rising = self.steps_per_epoch
         if step < rising:
             return step / rising
         # The cosine is told from where the rise ends, at its last step.

@@ -122,17 +122,23 @@ class HeldRows(Workload):
         )
 
     @property
-    def steps_per_epoch(self) -> int:
+    def pass_steps(self) -> int:
+        """Steps of a pass over the rows that are held."""
         return -(-len(self.train_inputs) // self.batch_rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """A pass; of published length, where a workload keeps that however few rows are held."""
+        return self.pass_steps
 
     def rows_of_step(self, step: int) -> int:
         """Rows of the batch of a step, of all processes together."""
-        before = step % self.steps_per_epoch * self.batch_rows
+        before = step % self.pass_steps * self.batch_rows
         return min(self.batch_rows, len(self.train_inputs) - before)
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
         """This process's part of the batch."""
-        epoch, index = divmod(step, self.steps_per_epoch)
+        epoch, index = divmod(step, self.pass_steps)
         if self._order is None or self._order[0] != (seed, epoch):
             order = epoch_order(len(self.train_inputs), seed, epoch).to(self.train_inputs.device)
             self._order = (seed, epoch), order
