@@ -7,7 +7,7 @@ import pytest
 
 from archopt.lab.calls import parse_call
 from archopt.lab.cli import BAD_INPUT, DONE, main
-from archopt.lab.comparisons import COMPARISONS, NamedComparison, Reading
+from archopt.lab.comparisons import COMPARISONS, FirstEpoch, NamedComparison, Reading
 from archopt.lab.experiment import make_workload, workload_class
 from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.report.reproduction import load_reproduction, remarks
@@ -34,6 +34,7 @@ def toy_paper(monkeypatch: pytest.MonkeyPatch) -> Reproduction:
             Reading(toy, "sgd", 0.05, 0.9, 0.01),
             Reading(toy, "adam", 0.02, 0.5, 0.02),
         ),
+        first_epoch=(FirstEpoch(toy, "agd", "eta", 0.5), FirstEpoch(toy, "lamb", "update", 0.25)),
         seen=("sgd learns in a minute",),
     )
     grid = NamedComparison(
@@ -92,6 +93,14 @@ def test_a_paper_is_trained_to_its_page(toy_paper: Reproduction, tmp_path: Path,
     assert "Not trained here" in text
     assert "The paper's figures (read off to 10 or 20 %): sgd learns in a minute." in text
     assert "Seeds 0, 1." in text
+    first = text.split("the first epoch, beside the paper's")[1].splitlines()
+    agd, lamb = (
+        [entry.strip() for entry in next(line for line in first if line.startswith(f"| {name}")).split("|")]
+        for name in ("agd", "lamb")
+    )
+    assert agd[2:5:2] == ["step size eta", "0.5"]
+    assert 0 < float(agd[3]) < 5
+    assert lamb[2:5] == ["relative update", "–", "0.25"]
     loss = over_rates.comparable(over_rates.summary.rows[0].leading)
     assert loss is not None
     assert "| here, test loss | published lr | published |" in text
@@ -106,6 +115,54 @@ def test_a_paper_is_trained_to_its_page(toy_paper: Reproduction, tmp_path: Path,
     assert main(["report", str(out)]) == DONE
     assert main(arguments(out, "--seeds", "0,1")) == DONE
     assert ended(out) == before
+
+
+def test_while_a_comparison_goes_on_its_finished_seeds_are_shown(
+    toy_paper: Reproduction, tmp_path: Path
+) -> None:
+    assert main(arguments(tmp_path, "--parts", "grid", "--seeds", "0,1")) == DONE
+    record = tmp_path / "grid" / "comparison.json"
+    told = json.loads(record.read_text())
+    chosen = told["tuning"]["rates"]
+    told["tuning"]["rates"] = {}  # as it is until all that tunes has ended again
+    record.write_text(json.dumps(told))
+    (row,) = load_reproduction(tmp_path).parts[0].workloads[0].summary.rows
+    ((rate,),) = [rates["sgd"] for rates in chosen.values()]
+    assert {cell.lr: len(cell.finished) for cell in row.cells} == {
+        lr: 2 if lr == rate else 1 for lr in (0.05, 0.5)
+    }
+
+
+def test_readings_of_the_best_value_stand_beside_ours(
+    toy_paper: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = Reading(str(TOY), "agd", None, 0.9, best=True)
+    best = NamedComparison("best", "the best", "somewhere", (str(TOY),), ("agd",), (), published=(reading,))
+    made = Reproduction("toy-paper", "A paper", (Part(best, beside=()),))
+    monkeypatch.setitem(REPRODUCTIONS, "toy-paper", made)
+    assert main(arguments(tmp_path, "--seeds", "0")) == DONE
+    (told,) = tmp_path.rglob("metrics.jsonl")
+    accuracies = [json.loads(line)["eval"]["accuracy"] for line in told.read_text().splitlines()]
+    row = next(
+        line for line in (tmp_path / "report.md").read_text().splitlines() if "the best on the way" in line
+    )
+    assert f"**{100 * max(accuracies):.2f} (90.00)**" in row
+
+
+@pytest.mark.parametrize(("sgd", "said"), [(0.9, "the same order"), (0.95, "another order")])
+def test_orders_mind_what_the_paper_has_alike(
+    toy_paper: Reproduction, tmp_path: Path, sgd: float, said: str
+) -> None:
+    assert main(arguments(tmp_path, "--parts", "rows", "--seeds", "0")) == DONE
+    record = tmp_path / "reproduction.json"
+    told = json.loads(record.read_text())
+    for reading in told["parts"][1]["workloads"][0]["published"]:
+        reading["mean"] = sgd if reading["optimizer"] == "sgd" else 0.9
+    record.write_text(json.dumps(told))
+    workload = load_reproduction(tmp_path).parts[1].workloads[0]
+    finals = {row.optimizer.label: row.leading.final.mean for row in workload.summary.rows}
+    assert finals["adam"] > finals["sgd"]
+    assert said in " ".join(remarks(workload))
 
 
 def test_comparisons_share_their_runs(toy_paper: Reproduction, tmp_path: Path, capsys) -> None:
@@ -192,6 +249,12 @@ def test_the_record_tells_what_differs(toy_paper: Reproduction, tmp_path: Path) 
         "mean": 0.9,
         "deviation": 0.01,
         "metric": "",
+        "best": False,
+    }
+    assert record["parts"][1]["workloads"][0]["first_epoch"][0] == {
+        "optimizer": "agd",
+        "number": "eta",
+        "value": 0.5,
     }
     assert set(COMPARISONS) >= {"depth", "gan", "wikitext2", "translation", "pong"}
 
