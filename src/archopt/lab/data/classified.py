@@ -22,8 +22,9 @@ from archopt.lab.pictures import (
     CIFAR10_MEAN,
     Part,
     central_boxes,
-    cropped_and_mirrored,
+    cropped_and_mirrored_rows,
     normalized,
+    padded,
     random_boxes,
     resized_crops,
 )
@@ -87,7 +88,7 @@ class Classified(Protocol):
 
 
 class SmallPictures:
-    """Small pictures, held as bytes."""
+    """Small pictures, held as bytes; with their padding where training pictures are shifted."""
 
     reads_ahead = False
 
@@ -96,9 +97,11 @@ class SmallPictures:
         self.classes = known.classes
         # Copied: what the readers give may be read-only.
         self._train, self._test = (
-            torch.tensor(part[:count]).view(-1, *known.shape)
+            torch.tensor(part[:count]).view(-1, *known.shape).contiguous()
             for part, count in ((images.train_images, train), (images.test_images, test))
         )
+        if known.changed:
+            self._train = padded(self._train)
         self.train_targets, self.test_targets = (
             torch.tensor(part[:count], dtype=torch.int64)
             for part, count in ((images.train_labels, train), (images.test_labels, test))
@@ -116,9 +119,10 @@ class SmallPictures:
         following: Tensor | None = None,
         part: Part | None = None,
     ) -> Tensor:
-        pictures = self._train.index_select(0, rows)
         if self._known.changed:
-            pictures = cropped_and_mirrored(pictures, generator, part=part)
+            pictures = cropped_and_mirrored_rows(self._train, rows, generator, part)
+        else:
+            pictures = self._train.index_select(0, rows)
         return normalized(pictures, self._known.mean, self._known.std)
 
     def testing(self, rows: Tensor, following: Tensor | None = None) -> Tensor:
