@@ -504,6 +504,7 @@ def test_a_checkpoint_of_nero_or_of_another_model_is_refused() -> None:
     steps(model, optimizer, range(1))
     twin = build()
     nero = Nero(twin)
+    refused(lambda: AutoNero(build()).load_state_dict(nero.state_dict()), ValueError, "AutoNero", "zero_mean")
     give_gradients(twin, 0)
     nero.step()
     refused(lambda: optimizer.load_state_dict(nero.state_dict()), ValueError, "AutoNero")

@@ -176,6 +176,9 @@ class MakesStateWhenItMust(archopt.Nero):
                 if param.grad is not None and not self.state[param]:
                     self.state[param].update(self._init_state(param, group))
 
+    def _check_options(self, state_dict: dict[str, Any]) -> None:
+        pass
+
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         pass
 

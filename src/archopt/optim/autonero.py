@@ -120,7 +120,7 @@ class AutoNero(ArchOptimizer):
         >>> optimizer = archopt.AutoNero(model)
         >>> model(torch.ones(2, 8)).square().mean().backward()
         >>> optimizer.step()
-        >>> round(float(optimizer.theta), 6)  # doubles at the next four steps, and follows the gradients then
+        >>> round(float(optimizer.theta), 6)  # doubles at the next three steps, and follows the gradients then
         0.001
     """
 

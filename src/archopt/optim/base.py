@@ -228,6 +228,7 @@ class ArchOptimizer(Optimizer):
         final: dict[str, Any] = {}
 
         def see(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            self._check_options(loaded)
             final.update(self._completed(loaded))
             self._check_loaded(final)
             return final
@@ -259,6 +260,19 @@ class ArchOptimizer(Optimizer):
             **state_dict,
             "param_groups": [own | saved for own, saved in zip(options, groups, strict=True)],
         }
+
+    def _check_options(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where groups are another rule's, which has no state before its first step.
+
+        One that lacks an option alone is older than the option, and one that has more alone is newer.
+        """
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            strange = saved.keys() - group.keys() - _FOREIGN_KEYS
+            if strange and (lacking := group.keys() - saved.keys() - _FOREIGN_KEYS):
+                raise ValueError(
+                    f"the state dict is not {type(self).__name__}'s: a group of it has {', '.join(sorted(strange))} "
+                    f"and lacks {', '.join(sorted(lacking))}"
+                )
 
     def _matched(self, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any]]]:
         """Parameters with their saved state, matched by position as torch matches them."""
