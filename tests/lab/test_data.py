@@ -159,6 +159,17 @@ def test_list_says_where_a_set_is_and_what_is_missing(tmp_path: Path) -> None:
     assert list_sets(DataFolder(None))[1].command == "archopt data fetch mnist"
 
 
+def test_list_says_where_photographs_in_folders_are(tmp_path: Path) -> None:
+    absent = list_sets(DataFolder(tmp_path))[-1]
+    assert (absent.name, absent.where) == ("imagenet", None)
+    assert absent.command is not None
+    assert "imagenet/train/CLASS/*.JPEG" in absent.command
+    (tmp_path / "imagenette-sample").mkdir()
+    assert list_sets(DataFolder(tmp_path))[-1].where == str(tmp_path / "imagenette-sample")
+    (tmp_path / "imagenet").mkdir()
+    assert list_sets(DataFolder(tmp_path))[-1].where == str(tmp_path / "imagenet")
+
+
 def test_an_unknown_set_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(
         DataError,

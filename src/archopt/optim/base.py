@@ -270,8 +270,8 @@ class ArchOptimizer(Optimizer):
             strange = saved.keys() - group.keys() - _FOREIGN_KEYS
             if strange and (lacking := group.keys() - saved.keys() - _FOREIGN_KEYS):
                 raise ValueError(
-                    f"the state dict is not {type(self).__name__}'s: a group of it has {', '.join(sorted(strange))} "
-                    f"and lacks {', '.join(sorted(lacking))}"
+                    f"the state dict is not {type(self).__name__}'s: a group of it has "
+                    f"{', '.join(sorted(strange))} and lacks {', '.join(sorted(lacking))}"
                 )
 
     def _matched(self, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any]]]:

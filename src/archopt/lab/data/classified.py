@@ -16,7 +16,7 @@ from torch import Tensor
 
 from archopt.lab.data.cifar10 import load_cifar10, load_cifar100
 from archopt.lab.data.folder import DataError, DataFolder
-from archopt.lab.data.image_folder import ImageFolder, load_image_folder
+from archopt.lab.data.image_folder import IMAGENET_FOLDERS, ImageFolder, load_image_folder
 from archopt.lab.data.mnist import Images, load_fashion_mnist, load_mnist
 from archopt.lab.pictures import (
     CIFAR10_MEAN,
@@ -29,7 +29,6 @@ from archopt.lab.pictures import (
     resized_crops,
 )
 
-IMAGENET_FOLDERS = ("imagenet", "imagenette-sample")
 SQUARE = 512 / 224  # ImageNet's pictures are kept as squares of so many times the side of a crop
 CENTRE = 224 / 256  # of the shorter side
 

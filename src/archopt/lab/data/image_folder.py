@@ -21,6 +21,8 @@ from torch import Tensor
 
 from archopt.lab.data.folder import DataError, DataFolder, sha256
 
+IMAGENET_FOLDERS = ("imagenet", "imagenette-sample")
+"""Where ImageNet's pictures may lie, below the data folder; the second is a sample of ten classes."""
 ENDINGS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 HELD_BYTES = 2 * 2**30  # a set that takes no more than this is held
 WORKERS = 24  # threads that decode; Pillow works outside Python's lock

@@ -28,6 +28,7 @@ from archopt.lab.data.cifar10_files import (
 )
 from archopt.lab.data.folder import DataError, DataFolder, md5, sha256
 from archopt.lab.data.idx import read_idx, unpack
+from archopt.lab.data.image_folder import IMAGENET_FOLDERS
 from archopt.optim.base import nearest
 
 
@@ -364,7 +365,23 @@ class SetInfo:
 
 def list_sets(folder: DataFolder) -> list[SetInfo]:
     """Every known set, and where `folder` has it. Only looks whether files are there; reading checks them."""
-    return [_info(known, folder) for known in SETS.values()]
+    return [*(_info(known, folder) for known in SETS.values()), _imagenet(folder)]
+
+
+def _imagenet(folder: DataFolder) -> SetInfo:
+    """Photographs in folders, which nobody may pass on and `archopt data` cannot get."""
+    places = [folder.path / name for name in IMAGENET_FOLDERS] if folder.path else []
+    where = next((str(place) for place in places if place.is_dir()), None)
+    name = IMAGENET_FOLDERS[0]
+    wanted = f"{name}/train/CLASS/*.JPEG and {name}/val/CLASS/*.JPEG"
+    return SetInfo(
+        name,
+        "photographs in a folder for each class (imagenette-sample: a few of ten classes)",
+        "its own terms, see image-net.org",
+        where,
+        () if where else (wanted,),
+        None if where else f"put {wanted} into the data folder",
+    )
 
 
 def _info(known: DataSet, folder: DataFolder) -> SetInfo:

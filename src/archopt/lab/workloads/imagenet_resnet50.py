@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from archopt.lab import seeds
 from archopt.lab.data import DataFolder, load_image_folder
+from archopt.lab.data.image_folder import IMAGENET_FOLDERS
 from archopt.lab.models.deep_resnet import BLOCKS, DeepResNet
 from archopt.lab.pictures import central_boxes, normalized, random_boxes, resized_crops
 from archopt.lab.workload import Metric
@@ -45,7 +46,6 @@ from archopt.lab.workloads.supervised import Supervised, among_largest, check_po
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1_000
-FOLDERS = ("imagenet", "imagenette-sample")
 CENTRE = 224 / 256  # of the shorter side
 
 
@@ -115,7 +115,9 @@ class ImageNetResNet50(Supervised):
             raise ValueError(f"gain_decay={self.gain_decay!r}, expected at least 0")
 
     def load(self, data: DataFolder) -> None:
-        self.set = load_image_folder(data, FOLDERS if self.folder is None else (self.folder,), self.side)
+        self.set = load_image_folder(
+            data, IMAGENET_FOLDERS if self.folder is None else (self.folder,), self.side
+        )
         self.hold(*(_numbered(part.targets, self.images) for part in (self.set.train, self.set.val)))
 
     def to(self, device: torch.device) -> None:
