@@ -174,10 +174,24 @@ def test_comparisons_share_their_runs(toy_paper: Reproduction, tmp_path: Path, c
     assert one[0].read_text() == other[0].read_text()
 
 
+def test_one_folder_holds_one_preset(toy_paper: Reproduction, tmp_path: Path, capsys) -> None:
+    assert main(arguments(tmp_path, "--parts", "rows", "--seeds", "0")) == DONE
+    before = (tmp_path / "reproduction.json").read_text()
+    capsys.readouterr()
+    assert main([word.replace("smoke", "small") for word in arguments(tmp_path, "--seeds", "0")]) == BAD_INPUT
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds a reproduction with preset 'smoke', not 'small'; choose another folder with --out" in said
+    assert (tmp_path / "reproduction.json").read_text() == before
+
+
 def test_one_part_alone(toy_paper: Reproduction, tmp_path: Path) -> None:
     assert main(arguments(tmp_path, "--parts", "rows", "--seeds", "3")) == DONE
     assert {path.split("/")[0] for path in ended(tmp_path)} == {"rows"}
-    assert "Not trained yet" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "Not trained yet" in text
+    row = next(line for line in text.splitlines() if "(0.7)" in line)
+    assert row.startswith("| toy")
+    assert "| – (0.7) |" in row  # of `grid`, which nobody has trained: what the paper says
 
 
 @pytest.mark.parametrize(
@@ -343,7 +357,7 @@ def test_agd_is_reproduced_to_a_page(tmp_path: Path) -> None:
     assert {"sweep-train_bs.png", "sweep-train_bs-agd-paper-eta.png"} <= pictures
     page = (tmp_path / "report.html").read_text()
     assert all(f"agd-batches/figures/{name}" in page for name in ("sweep-train_bs.png",))
-    assert "iterations None instead of 500000" in text
+    assert "iterations unset instead of 500000" in text
     assert "Not trained here: cifar100: train is not in" in text
     assert "channels" not in text
     before = ended(tmp_path)

@@ -1,5 +1,6 @@
 """The workloads: what they read, their sizes, batches and schedules, and that they learn."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -41,6 +42,9 @@ class Run:
 
     def batch(self, step: int) -> object:
         return self.workload.batch(step, self.seed)
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def update(self, name: str, loss: torch.Tensor) -> None:
         loss.backward()

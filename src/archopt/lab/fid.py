@@ -23,6 +23,8 @@ from archopt.lab.models.inception import Inception
 
 INCEPTION_FILE = "inception/pt_inception-2015-12-05-6726825d.pth"
 """Where in the data folder the weights of `Inception` are, under the name by which their port is known."""
+INCEPTION_SOURCE = "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
+"""Who publishes them; of the weights of Heusel et al., Apache-2.0."""
 INCEPTION_SHA256 = "6726825d"
 """How the checksum of the file begins."""
 CLASSIFIER_BATCH, CLASSIFIER_LR, CLASSIFIER_SEED = 64, 3e-3, 0
@@ -82,7 +84,8 @@ def load_inception(data: DataFolder) -> Inception:
         content = data.read(INCEPTION_FILE)
     except DataError as error:
         raise DataError(
-            f"{error}; FID is defined by those weights, features='classifier' needs none"
+            f"{error}; FID is defined by those weights, which {INCEPTION_SOURCE} has; features='classifier' "
+            "needs none"
         ) from error
     if not hashlib.sha256(content).hexdigest().startswith(INCEPTION_SHA256):
         raise DataError(

@@ -10,7 +10,7 @@ over rates. Comparisons share runs: one that is there already is copied.
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from archopt.lab.errors import LabError, RecordError
 from archopt.lab.experiment import WorkloadChoice, make_workload, workload_class
 from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.plan import Plan, RunSpec, plan_runs
-from archopt.lab.record import FORMAT, explained, identity, stored_result, write_json
+from archopt.lab.record import FORMAT, explained, identity, read_json, stored_result, write_json
 from archopt.lab.sweep import Follower, Outcome, check_jobs, run_planned
 from archopt.lab.train import Settings
 
@@ -173,6 +173,7 @@ def reproduce(request: Request, follower: Follower, said: Callable[[str], None])
     part, RecordError where records cannot be written or are of other runs, KeyboardInterrupt as `sweep` does.
     """
     check_jobs(request.jobs)
+    _check_folder(request)
     wanted = _wanted(request)
     planned, refused = [], {}
     for part in wanted:
@@ -191,6 +192,21 @@ def reproduce(request: Request, follower: Follower, said: Callable[[str], None])
         _share(stage, planned)
         run_planned(stage.plan, stage.specs, follower, total, seeds)
     return total
+
+
+def _check_folder(request: Request) -> None:
+    """Refuses a folder that holds another paper's runs or another preset's, which one page cannot show."""
+    path = request.out / REPRODUCTION
+    if not path.exists():
+        return
+    there = read_json(path)
+    asked = {"name": request.reproduction.name, "preset": request.preset}
+    for key, value in asked.items():
+        if there.get(key) != value:
+            raise RecordError(
+                f"{request.out} holds a reproduction with {key} {there.get(key)!r}, not {value!r}; choose another "
+                "folder with --out"
+            )
 
 
 def _wanted(request: Request) -> list[Part]:
@@ -261,7 +277,11 @@ def _describe(request: Request, part: Part, refused: str) -> dict[str, Any]:
         "refused": refused,
         "workloads": [
             {
-                "name": parse_call(text).name,
+                "name": workload_class((call := parse_call(text)).name).name,
+                "changed": call.options,
+                "metric": asdict(
+                    make_workload(workload_class(call.name), request.preset, call.options).metric
+                ),
                 "deviations": deviations(text, request.preset, named.paper_options),
                 "published": [
                     {

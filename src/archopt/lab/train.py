@@ -222,6 +222,15 @@ class Run:
         self._clock.enter(measure.FORWARD_BACKWARD)
         return batch
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """For what is neither forward, backward nor optimiser in a `train_step`: games, say."""
+        self._clock.enter(measure.OTHER)
+        try:
+            yield
+        finally:
+            self._clock.enter(measure.FORWARD_BACKWARD)
+
     def update(self, name: str, loss: Tensor) -> None:
         """Backward, clipping, the named model's step; then all gradients are freed."""
         with self._without_autocast:

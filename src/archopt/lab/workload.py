@@ -9,6 +9,7 @@ and a run that was killed goes on with the same bits.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -52,6 +53,9 @@ class Training(Protocol):
 
     def batch(self, step: int) -> Any:
         """The workload's batch of this step; the time it takes is not counted as forward and backward."""
+
+    def apart(self) -> AbstractContextManager[None]:
+        """While it lasts, time is not counted as forward and backward: for what a step does beside them."""
 
     def update(self, name: str, loss: Tensor) -> None:
         """Backward of `loss`, clipping where the workload asks for it, the named model's step, gradients freed."""

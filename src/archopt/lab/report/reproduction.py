@@ -102,6 +102,8 @@ class Part:
     comparison: Comparison | None
     """None where nothing has been trained."""
     workloads: tuple[Reproduced, ...]
+    absent: tuple[Reproduced, ...] = ()
+    """The workloads of a part that nobody has trained yet, without rows."""
 
     @property
     def summaries(self) -> list[Summary]:
@@ -133,21 +135,25 @@ def load_reproduction(folder: Path) -> Reproduction:
     """Reads a reproduction. Raises ReportError, which names the file, where a record is broken."""
     record = read_record(folder / RECORD)
     try:
-        parts = tuple(_part(folder, entry) for entry in record["parts"])
+        parts = tuple(_part(folder, entry, record["preset"]) for entry in record["parts"])
         return Reproduction(folder, record["title"], record["preset"], record["command"], parts)
     except (KeyError, TypeError) as error:
         raise ReportError(f"{folder / RECORD} is not a reproduction's record ({error!r})") from None
 
 
-def _part(folder: Path, entry: Mapping[str, Any]) -> Part:
+def _part(folder: Path, entry: Mapping[str, Any], preset: str) -> Part:
     place = folder / entry["name"]
-    comparison, workloads = None, []
+    comparison, workloads, absent = None, [], []
     if (place / "comparison.json").is_file() and any(place.rglob("config.json")):
         comparison = load(place)
         for summary, told in zip(summarise(comparison), entry["workloads"], strict=True):
             published = {known["optimizer"]: Published(**known) for known in told["published"]}
             first = told.get("first_epoch", ())  # which older records do not have
             workloads.append(Reproduced(summary, published, told["deviations"], first))
+    else:
+        absent = [
+            _absent(told, preset) for told in entry["workloads"] if "metric" in told
+        ]  # older records lack it
     return Part(
         entry["name"],
         entry["summary"],
@@ -156,7 +162,15 @@ def _part(folder: Path, entry: Mapping[str, Any]) -> Part:
         tuple(entry.get("seen", ())),  # which older records do not have
         comparison,
         tuple(workloads),
+        tuple(absent),
     )
+
+
+def _absent(told: Mapping[str, Any], preset: str) -> Reproduced:
+    """A workload of which there are the paper's numbers alone."""
+    workload = Workload(told["name"], preset, "", "", Metric(**told["metric"]), {}, told["changed"], (), ())
+    published = {known["optimizer"]: Published(**known) for known in told["published"]}
+    return Reproduced(Summary(workload, (), None, None, None, False), published, {})
 
 
 # -- tables ------------------------------------------------------------------------------------------------
@@ -167,15 +181,19 @@ def beside(workload: Reproduced) -> Table:
     metric = workload.workload.metric
     columns: tuple[Column, ...] = (
         Column("optimiser", "Sorted by our final metric; what has not been trained comes last."),
-        Column("lr", "The rate at which our number stands: the best of those that were run."),
+        Column(
+            "lr",
+            "The rate at which our number stands: the best of those that were run; of two, both are told.",
+        ),
         Column("here", f"Final {metric.name}: mean ± population standard deviation over the seeds."),
         Column("seeds", "That finished, of those asked for at this rate."),
         Column("published lr", "The paper's best rate."),
         Column("published", "The paper's number, with its deviation over seeds where it gives one."),
     )
     rows = [
-        _beside_row(row.optimizer.label, row.leading, workload)
+        _beside_row(row.optimizer.label, cell, workload)
         for row in sorted(workload.summary.rows, key=lambda row: row.leading.rank())
+        for cell in _apart(row)
     ]
     trained = {row.optimizer.label for row in workload.summary.rows}
     rows += [_beside_row(label, None, workload) for label in workload.published if label not in trained]
@@ -185,6 +203,12 @@ def beside(workload: Reproduced) -> Table:
         columns = (*columns[:4], ours, *columns[4:])
     title = f"final {metric.name}{' in %' if metric.percent else ''}, beside the paper's"
     return Table(workload.workload.title, title, columns, with_best(rows))
+
+
+def _apart(row: Row) -> list[Cell]:
+    """The cells of a row that are told: the best, and where just two rates were run the other one too."""
+    others = [cell for cell in row.cells if cell is not row.leading and cell.finished]
+    return [row.leading, *(others if len(row.cells) == 2 else ())]
 
 
 def _beside_row(label: str, cell: Cell | None, workload: Reproduced) -> tuple[Entry, ...]:
@@ -274,7 +298,7 @@ def overview(reproduction: Reproduction) -> Table:
     told = [
         workload
         for part in reproduction.parts
-        for workload in part.workloads
+        for workload in (*part.workloads, *part.absent)
         if any(known.mean is not None for known in workload.published.values())
     ]
     fullest = sorted(told, key=lambda workload: -len(workload.published))  # its order is the paper's
@@ -313,6 +337,10 @@ def _overview_row(workload: Reproduced, labels: Sequence[str]) -> tuple[Entry, .
 def _overview_entry(row: Row | None, workload: Reproduced, label: str) -> Entry:
     known = workload.published.get(label)
     stated = f" ({known.text(workload.stated)})" if known and known.mean is not None else ""
+    if known and row and known.mean is not None and known.lr not in (None, row.leading.lr):
+        final, there = text.final(row.leading), known.text(workload.stated)
+        own = f"{final} at {text.rate(row.leading.lr)}"
+        return Entry(f"{own} ({there} at {text.rate(known.lr)})", best=row is _best(workload.summary))
     if row is None:
         return Entry(f"{text.NONE}{stated}")
     if known is not None and known.best:
@@ -335,7 +363,8 @@ def remarks(workload: Reproduced) -> list[str]:
     lines = []
     if workload.deviations:
         changes = [
-            f"{name} {here!r} instead of {paper!r}" for name, (paper, here) in workload.deviations.items()
+            f"{name} {_told(here)} instead of {_told(paper)}"
+            for name, (paper, here) in workload.deviations.items()
         ]
         lines.append(f"Not the paper's setting: {'; '.join(changes)}.")
     if workload.workload.data_note:
@@ -347,6 +376,11 @@ def remarks(workload: Reproduced) -> list[str]:
     lines += _orders(workload)
     lines += _rates(workload)
     return lines
+
+
+def _told(value: object) -> str:
+    """An option's value."""
+    return "unset" if value is None else repr(value)
 
 
 def _steps(workload: Reproduced) -> Iterator[str]:
@@ -398,7 +432,10 @@ def _orders(workload: Reproduced) -> Iterator[str]:
     here = sorted(means, key=lambda label: sign * ours[label])
     paper = sorted(here, key=lambda label: sign * means[label])  # where the paper has two alike, in our order
     same = "the same order" if paper == here else "another order"
-    yield f"From best to worst in the paper: {', '.join(paper)}; here: {', '.join(here)} ({same})."
+    rated = [row for row in workload.summary.rows if row.optimizer.rate and not row.optimizer.averaged]
+    tried = [row.optimizer.label for row in rated if len(row.cells) > 1]
+    uneven = f" Rates were tried for {', '.join(tried)} alone." if 0 < len(tried) < len(rated) else ""
+    yield f"From best to worst in the paper: {', '.join(paper)}; here: {', '.join(here)} ({same}).{uneven}"
 
 
 def _rates(workload: Reproduced) -> Iterator[str]:
