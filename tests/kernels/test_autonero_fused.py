@@ -378,3 +378,38 @@ def test_without_a_library_other_forms_serve_and_true_says_why(monkeypatch: pyte
     steps(model, optimizer, range(1))
     assert not torch.equal(model[0].weight, before)
     assert "no C compiler" in refusal(lambda: AutoNero(model, fused=True))
+
+
+# -- norms after the step ----------------------------------------------------------------------------------
+
+
+def table_step(rows: Tensor, grad: Tensor, lr: float, **options: Any) -> tuple[Tensor, Tensor]:
+    """An embedding's rows after a first step of lr/8 radians, and how long they were before it."""
+    table = nn.Embedding.from_pretrained(rows.clone(), freeze=False)
+    model = nn.Sequential(table, nn.Linear(rows.shape[1], 2, bias=False, dtype=rows.dtype))
+    optimizer = archopt.AutoNero(model, initial_theta=0.125, embedding_radius="own", lr=lr, **options)
+    table.weight.grad, model[1].weight.grad = grad.clone(), torch.ones_like(model[1].weight)
+    before = table.weight.detach().double().norm(dim=1)
+    optimizer.step()
+    assert float(optimizer.theta) == 0.125
+    return table.weight.detach().double(), before
+
+
+@pytest.mark.parametrize("fan_in", [2, 64, 1025])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
+def test_a_row_that_its_step_nearly_undoes_is_as_in_float64(fan_in: int, share: float) -> None:
+    """The gradient lies nearly along the row, and the step is `share` as long: the four sums alone would cancel."""
+    torch.manual_seed(0)
+    rows = torch.randn(5, fan_in)
+    grad = rows + 1e-2 * rows.roll(1, dims=1)
+    found, _ = table_step(rows, grad, 8 * share, fused=True)
+    exact, _ = table_step(rows.double(), grad.double(), 8 * share, foreach=False, fused=False)
+    assert (found - exact).norm() <= 1e-3 * exact.norm()
+
+
+def test_rows_keep_their_norm_where_squares_of_gradients_vanish() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(5, 1000)
+    found, before = table_step(rows, 3e-21 * torch.randn(5, 1000), 8.0, fused=True)
+    assert not torch.equal(found, rows.double())
+    torch.testing.assert_close(found.norm(dim=1), before, rtol=1e-6, atol=0)
