@@ -2,7 +2,7 @@
 
 The library (native/) takes raw pointers and knows neither Python nor torch, so one build serves every version of
 both. It is loaded at the first step that asks for it. `import archopt` neither needs nor touches it. Each kernel
-has its own module beside this one: `cpu_nero`, `cpu_agd`.
+has its own module beside this one: `cpu_nero`, `cpu_agd`, `cpu_autonero`.
 """
 
 import ctypes

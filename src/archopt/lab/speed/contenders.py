@@ -73,7 +73,8 @@ def _agd_published(model: nn.Module, **options: Any) -> Optimizer:
 def _muon(model: nn.Module) -> Optimizer:
     if why := ENTRIES["muon"].unavailable:
         raise LabError(why)
-    optimizer = MuonWithAdamW(model)
+    on_cpu = next(model.parameters()).device.type == "cpu"  # where bfloat16 products take ten times longer
+    optimizer = MuonWithAdamW(model, products="float32" if on_cpu else "bfloat16")
     for name, inner in optimizer.inner.items():
         if name == "adamw":
             inner.param_groups[0]["fused"] = True  # before its first step, which creates state accordingly
@@ -178,7 +179,8 @@ CONTENDERS = {
         ),
         Contender(
             "muon",
-            "torch.optim.Muon on hidden matrices and convolutions, AdamW(fused=True) on the rest",
+            "torch.optim.Muon on hidden matrices and convolutions (on a CPU our form of it with float32 products), "
+            "AdamW(fused=True) on the rest",
             _muon,
             "its own",
             state=Streams(2),
