@@ -83,6 +83,12 @@ REPRODUCTIONS = {
                 # Runs as short as `small` want larger rates than the paper's (results/language-small): both.
                 Part(COMPARISONS["wikitext2"], reduced=("nero", "sgd", "adam(lr=[0.0001,0.001])", "lamb")),
                 Part(
+                    COMPARISONS["wikitext2-variants"],
+                    beside=(),
+                    reduced=("nero", "adam(lr=[0.0001,0.001])"),
+                    reduced_seeds=(0,),
+                ),
+                Part(
                     COMPARISONS["translation"],
                     reduced=("nero(lr=[0.001,0.01])", "sgd", "adam(lr=[0.0001,0.001])", "lamb"),
                 ),
