@@ -34,8 +34,8 @@ def labels(values: NDArray[np.uint8]) -> Tensor:
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The share of rows whose largest logit is the target's, 0-d float32."""
-    return (logits.argmax(1) == targets).float().mean()
+    """The share of rows whose largest logit is the target's, 0-d float64."""
+    return (logits.argmax(1) == targets).double().mean()
 
 
 def by_rows(inputs: Tensor, targets: Tensor, share: Share = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
