@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from archopt.lab.muon_float32 import MuonInFloat32
+from archopt.lab.muon_float32 import MuonInFloat32, loss_of
 from archopt.roles import parameter_roles
 
 MUON_KINDS = frozenset({"matrix", "conv"})
@@ -107,10 +107,7 @@ class MuonWithAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for param, views, parts in self._matrices:
             grads = [None] * parts if param.grad is None else as_matrices(param.grad, param, parts)
             for view, grad in zip(views, grads):

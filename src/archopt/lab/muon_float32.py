@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from archopt.optim.autonero_tensors import joined_entries
+from archopt.optim.matrices import joined_entries
 from archopt.optim.orthogonalise import STEPS, newton_schulz
+
+
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """What the closure of a step returns, with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 class MuonInFloat32(Optimizer):
@@ -56,10 +64,7 @@ class MuonInFloat32(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             moving = sorted([p for p in group["params"] if p.grad is not None], key=_alike)
             for _, alike in itertools.groupby(moving, _alike):

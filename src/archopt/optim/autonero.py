@@ -27,7 +27,6 @@ from archopt.optim.autonero_tensors import (
     check_blocks,
     dims_of,
     first_radius,
-    joined_entries,
     movement_dtype,
     rows_of,
     scale_,
@@ -44,7 +43,7 @@ from archopt.optim.base import (
     statistics_like,
     takes_foreach,
 )
-from archopt.optim.matrices import join, median_of_positive, part
+from archopt.optim.matrices import join, joined_entries, median_of_positive, part
 from archopt.optim.orthogonalise import METHODS
 from archopt.roles import Overrides, Role, group_by_treatment, parameter_roles
 

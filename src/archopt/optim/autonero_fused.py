@@ -20,10 +20,10 @@ from archopt.kernels.cpu_autonero import CpuPasses
 from archopt.kernels.gpu_autonero import GpuPasses
 from archopt.neurons import NeuronDim, statistics_dtype
 from archopt.optim.autonero_rule import LEAST_FEATURES
-from archopt.optim.autonero_tensors import dims_of, joined_entries, movement_dtype, steps_plainly
+from archopt.optim.autonero_tensors import dims_of, movement_dtype, steps_plainly
 from archopt.optim.base import bias_correction, rate
 from archopt.optim.fused import Made, made_of, memory_key, ordinary, refuse, wants_kernel
-from archopt.optim.matrices import nonzero
+from archopt.optim.matrices import joined_entries, nonzero
 from archopt.optim.nero_fused import axis_of, layout_of
 from archopt.optim.orthogonalise import orthogonalise
 

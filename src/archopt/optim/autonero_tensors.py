@@ -20,15 +20,6 @@ def dims_of(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     return fan_in_dims(param.shape, group["neuron_dim"], group["channel_groups"])
 
 
-def joined_entries(device: torch.device) -> int:
-    """How many entries are joined at a time where tensors are joined: bounds the transient memory.
-
-    On a CPU so few that they stay in its caches between the operations on them; larger matrices keep its threads
-    busy one by one, and joining would only copy them.
-    """
-    return 2**18 if device.type == "cpu" else 2**24
-
-
 def steps_plainly(group: Mapping[str, Any]) -> bool:
     """Whether rows are those of a head that takes plain steps."""
     return bool(group["family"] == "head" and group["head"] == "plain")

@@ -9,6 +9,15 @@ from torch import Tensor
 from archopt.neurons import row_norm, statistics_dtype
 
 
+def joined_entries(device: torch.device) -> int:
+    """How many entries are joined at a time where tensors are joined: bounds the transient memory.
+
+    On a CPU so few that they stay in its caches between the operations on them; larger matrices keep its threads
+    busy one by one, and joining would only copy them.
+    """
+    return 2**18 if device.type == "cpu" else 2**24
+
+
 def to_matrices(rows: Tensor, dims: tuple[int, ...], blocks: int = 1) -> Tensor:
     """Rows that sum over `dims` as `(blocks, rows, fan_in)`, a view where strides allow.
 

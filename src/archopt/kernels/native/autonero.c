@@ -84,9 +84,6 @@ typedef struct {
   double ww, wu, uu, mw;
 } Sums;
 
-/* A row whose squared norm after the step is a smaller part of its terms than this is summed again. */
-static const double CANCELLATION = 0.25;
-
 /* While a row is worked on the next one is fetched, unless both together leave the second cache. */
 static const int64_t AHEAD_BYTES = 256 * 1024;
 

@@ -63,9 +63,6 @@ typedef struct {
   int64_t skipped;
 } Report;
 
-/* A neuron whose squared norm after the step is a smaller part of its terms than this is summed again. */
-static const double CANCELLATION = 0.25;
-
 /* Where centring leaves less than rounding does of a constant row, the row is not divided (archopt/neurons.py). */
 static double length_of(double square, double mean, double fan_in, double epsilon, double tiny) {
   double length = sqrt(square);

@@ -22,6 +22,9 @@ enum { BLOCK = 1024 }; /* entries that are converted, and summed before the sum 
 
 enum { LANES_BYTES = 64 }; /* of partial sums side by side, whatever the width of the processor's vectors */
 
+/* A row whose squared norm after its step is a smaller part of its terms than this is summed again. */
+#define CANCELLATION 0.25
+
 #define PREFETCH(address) __builtin_prefetch((address), 0, 2)
 
 #if defined(__clang__)

@@ -59,6 +59,12 @@ class ImageFolder:
     classes: tuple[str, ...]
 
 
+def first_folder(data: DataFolder, names: Iterable[str]) -> Path | None:
+    """The first of the folders of these names that is there, below the data folder; None where none is."""
+    places = [data.path / name for name in names] if data.path is not None else []
+    return next((place for place in places if place.is_dir()), None)
+
+
 def load_image_folder(
     data: DataFolder, names: Iterable[str], side: int, elsewhere: str = "name another folder with --folder"
 ) -> ImageFolder:
@@ -71,21 +77,20 @@ def load_image_folder(
     names = tuple(names)
     if data.path is None:
         raise DataError(f"{names[0]} lies in a data folder, but none is given; name one with --data DIR")
-    name = next((name for name in names if (data.path / name).is_dir()), None)
-    if name is None:
+    root = first_folder(data, names)
+    if root is None:
         absent = "" if data.path.is_dir() else " (no such folder)"
         raise DataError(
             f"{' or '.join(names)} is not in {data.path}{absent}; put the pictures there as "
             f"{names[0]}/train/CLASS/*.JPEG and {names[0]}/val/CLASS/*.JPEG, or {elsewhere}"
         )
-    root = data.path / name
     classes = _classes(root / "train")
     if extra := sorted(set(_classes(root / "val")) ^ set(classes)):
         raise DataError(
             f"{root}: class {extra[0]!r} is in only one of train/ and val/; both need the same folders (ImageNet's "
             "validation archive has none: sort its files into them)"
         )
-    train, val = (_part(data, name, part, classes, side) for part in ("train", "val"))
+    train, val = (_part(data, root.name, part, classes, side) for part in ("train", "val"))
     return ImageFolder(train, val, classes)
 
 

@@ -28,7 +28,7 @@ from archopt.lab.data.cifar10_files import (
 )
 from archopt.lab.data.folder import DataError, DataFolder, md5, sha256
 from archopt.lab.data.idx import read_idx, unpack
-from archopt.lab.data.image_folder import IMAGENET_FOLDERS
+from archopt.lab.data.image_folder import IMAGENET_FOLDERS, first_folder
 from archopt.optim.base import nearest
 
 
@@ -370,15 +370,14 @@ def list_sets(folder: DataFolder) -> list[SetInfo]:
 
 def _imagenet(folder: DataFolder) -> SetInfo:
     """Photographs in folders, which nobody may pass on and `archopt data` cannot get."""
-    places = [folder.path / name for name in IMAGENET_FOLDERS] if folder.path else []
-    where = next((str(place) for place in places if place.is_dir()), None)
+    where = first_folder(folder, IMAGENET_FOLDERS)
     name = IMAGENET_FOLDERS[0]
     wanted = f"{name}/train/CLASS/*.JPEG and {name}/val/CLASS/*.JPEG"
     return SetInfo(
         name,
         "photographs in a folder for each class (imagenette-sample: a few of ten classes)",
         "its own terms, see image-net.org",
-        where,
+        None if where is None else str(where),
         () if where else (wanted,),
         None if where else f"put {wanted} into the data folder",
     )

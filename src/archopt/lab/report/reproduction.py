@@ -147,9 +147,8 @@ def _part(folder: Path, entry: Mapping[str, Any], preset: str) -> Part:
     if (place / "comparison.json").is_file() and any(place.rglob("config.json")):
         comparison = load(place)
         for summary, told in zip(summarise(comparison), entry["workloads"], strict=True):
-            published = {known["optimizer"]: Published(**known) for known in told["published"]}
             first = told.get("first_epoch", ())  # which older records do not have
-            workloads.append(Reproduced(summary, published, told["deviations"], first))
+            workloads.append(Reproduced(summary, _published(told), told["deviations"], first))
     else:
         absent = [
             _absent(told, preset) for told in entry["workloads"] if "metric" in told
@@ -169,8 +168,11 @@ def _part(folder: Path, entry: Mapping[str, Any], preset: str) -> Part:
 def _absent(told: Mapping[str, Any], preset: str) -> Reproduced:
     """A workload of which there are the paper's numbers alone."""
     workload = Workload(told["name"], preset, "", "", Metric(**told["metric"]), {}, told["changed"], (), ())
-    published = {known["optimizer"]: Published(**known) for known in told["published"]}
-    return Reproduced(Summary(workload, (), None, None, None, False), published, {})
+    return Reproduced(Summary(workload, (), None, None, None, False), _published(told), {})
+
+
+def _published(told: Mapping[str, Any]) -> dict[str, Published]:
+    return {known["optimizer"]: Published(**known) for known in told["published"]}
 
 
 # -- tables ------------------------------------------------------------------------------------------------
@@ -234,6 +236,8 @@ def _beside_row(label: str, cell: Cell | None, workload: Reproduced) -> tuple[En
 
 def first_epoch(workload: Reproduced) -> Table | None:
     """The numbers of the steps of the first epoch beside the paper's; None where it tells none."""
+    if not workload.first_epoch:
+        return None
     rows = []
     for seen in workload.first_epoch:
         row = next((r for r in workload.summary.rows if r.optimizer.label == seen["optimizer"]), None)
@@ -249,11 +253,7 @@ def first_epoch(workload: Reproduced) -> Table | None:
         Column("here", "In our first epoch, which has as many steps as the preset makes it."),
         Column("published", "Read off the paper's figure to 10 or 20 %."),
     )
-    return (
-        Table(workload.workload.title, "the first epoch, beside the paper's", columns, tuple(rows))
-        if rows
-        else None
-    )
+    return Table(workload.workload.title, "the first epoch, beside the paper's", columns, tuple(rows))
 
 
 def over_sweep(part: Part) -> Table:
