@@ -9,7 +9,14 @@ from torch import nn
 from archopt import AGD, Nero
 from archopt.kernels import gpu
 
-pytestmark = pytest.mark.usefixtures("real_gpu")
+pytestmark = pytest.mark.usefixtures("real_gpu", "_exact_passes")
+
+
+@pytest.fixture
+def _exact_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward passes in float32, the same at every call: what two steps differ by is the steps'."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
 def model() -> nn.Module:

@@ -12,7 +12,7 @@ static double FN(squares_again)(const A *x, int64_t n) {
 }
 
 /* The sum of squares of up to BLOCK entries; memory `ahead` is asked for on the way. Each lane adds up no more than 32 of them (64 of float64). */
-static double FN(squares_of_block)(const A *x, int64_t n, const char *ahead) {
+static double FN(squares_of_block)(const A *x, int64_t n, uintptr_t ahead) {
   FN(Vector) sums[FN(VECTORS)] = {{0}};
   int64_t i = 0;
   for (; i + FN(SQUARES) <= n; i += FN(SQUARES)) {
@@ -38,7 +38,7 @@ static double FN(squares)(const T *g, int64_t n) {
   double sum = 0;
   for (int64_t k = 0; k < n; k += BLOCK) {
     int64_t m = smaller(n - k, BLOCK);
-    sum += FN(squares_of_block)(FN(read)(g + k, room, m), m, (const char *)(g + k) + AHEAD);
+    sum += FN(squares_of_block)(FN(read)(g + k, room, m), m, (uintptr_t)(g + k) + AHEAD);
   }
   return sum;
 }
@@ -49,7 +49,7 @@ static void FN(squares_side_by_side)(const T *g, const Walk *walk, int64_t begin
   for (int64_t i = begin; i < end; i++) {
     int64_t n = width_at(walk, i);
     const A *restrict x = FN(read)(g + i * walk->hop, room, n);
-    const char *ahead = (const char *)(g + i * walk->hop) + AHEAD;
+    const uintptr_t ahead = (uintptr_t)(g + i * walk->hop) + AHEAD;
     for (int64_t line = 0; line < n * (int64_t)sizeof(T); line += LINE) PREFETCH(ahead + line);
     for (int64_t c = 0; c < n; c++) squares[c] += x[c] * x[c];
   }

@@ -125,13 +125,13 @@ static void FN(average)(const Tensor *t, const Options *o, const Scalars *s, int
 
 /* -- the move of a row ------------------------------------------------------------------------------------- */
 
-/* Adds the sums of up to BLOCK entries. The weights that lie `ahead` entries further on, if any, are asked for. */
+/* Adds the sums of up to BLOCK entries. Memory from the address `ahead` on, if any, is asked for on the way. */
 static inline void FN(sum_block)(const A *restrict w, const A *restrict u, const A *restrict m, int64_t n,
-                                 const T *ahead, Sums *sums) {
+                                 uintptr_t ahead, Sums *sums) {
   FN(Lanes) ww = {0}, wu = {0}, uu = {0}, mw = {0};
   int64_t i = 0;
   for (; i + FN(LANES) <= n; i += FN(LANES)) {
-    if (ahead) PREFETCH(ahead + i);
+    if (ahead) PREFETCH(ahead + i * sizeof(T));
     UNROLLED
     for (int part = 0; part < FN(PARTS); part++) {
       FN(Vector) a = FN(load)(w + i, part), b = FN(load)(u + i, part);
@@ -172,8 +172,8 @@ static inline double FN(move_block)(A *to, A *restrict d, const A *w, const A *r
   int64_t i = 0;
   for (; i + FN(LANES) <= n; i += FN(LANES)) {
     if (ahead) {
-      PREFETCH(u + i + ahead);
-      PREFETCH(m + i + ahead);
+      PREFETCH((uintptr_t)(u + i) + ahead * sizeof(A));
+      PREFETCH((uintptr_t)(m + i) + ahead * sizeof(A));
     }
     UNROLLED
     for (int part = 0; part < FN(PARTS); part++) {
@@ -204,7 +204,7 @@ static Move FN(decide)(const Tensor *t, const Options *o, const Pace *pace, doub
   Sums sums = {0, 0, 0, 0};
   for (int64_t k = 0; k < t->fan_in; k += BLOCK) {
     int64_t n = t->fan_in - k < BLOCK ? t->fan_in - k : BLOCK;
-    FN(sum_block)(FN(read)(w + k, room, n), u + k, m + k, n, ahead ? w + k + ahead : NULL, &sums);
+    FN(sum_block)(FN(read)(w + k, room, n), u + k, m + k, n, ahead ? (uintptr_t)(w + k) + ahead * sizeof(T) : 0, &sums);
   }
   int polar = u != m;
   double s = sqrt(square), length = polar ? sqrt(sums.uu) : s;

@@ -5,7 +5,7 @@
 /* Adds the sums of up to BLOCK entries to sums in double precision: each lane adds up no more than 64 of them
    (128 of float64), so that float32 loses hardly more than its last digit. `ahead`, if any, is memory that will be
    read next: it is asked for on the way. */
-static inline void FN(add_block)(const A *restrict w, const A *restrict g, int64_t n, const char *ahead, Sums *sums) {
+static inline void FN(add_block)(const A *restrict w, const A *restrict g, int64_t n, uintptr_t ahead, Sums *sums) {
   FN(Lanes) sw = {0}, sww = {0}, sg = {0}, sgg = {0}, swg = {0};
   int64_t i = 0;
   for (; i + FN(LANES) <= n; i += FN(LANES)) {
@@ -45,7 +45,7 @@ static Sums FN(sum_row)(const T *w, const T *g, int64_t spread, int64_t stride, 
   for (int64_t s = 0; s < spread; s++) {
     for (int64_t k = 0; k < run; k += BLOCK) {
       int64_t n = run - k < BLOCK ? run - k : BLOCK, at = s * stride + k;
-      const char *next = ahead ? (const char *)(w + at + ahead) : NULL;
+      const uintptr_t next = ahead ? (uintptr_t)(w + at) + ahead * sizeof(T) : 0;
       FN(add_block)(FN(read)(w + at, w_room, n), FN(read)(g + at, g_room, n), n, next, &sums);
     }
   }
@@ -66,7 +66,7 @@ static void FN(move_row)(T *restrict w, const T *restrict g, int64_t spread, int
     for (int64_t k = 0; k < run; k += BLOCK) {
       int64_t n = run - k < BLOCK ? run - k : BLOCK;
       if (ahead) {
-        for (int64_t i = 0; i < n; i += LANES_BYTES / sizeof(T)) PREFETCH((const char *)(from + k + ahead + i));
+        for (int64_t i = 0; i < n; i += LANES_BYTES / sizeof(T)) PREFETCH((uintptr_t)(from + k + i) + ahead * sizeof(*from));
       }
 #ifdef FROM
       FN(read)(to + k, w_room, n);

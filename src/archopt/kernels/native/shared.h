@@ -25,7 +25,8 @@ enum { LANES_BYTES = 64 }; /* of partial sums side by side, whatever the width o
 /* A row whose squared norm after its step is a smaller part of its terms than this is summed again. */
 #define CANCELLATION 0.25
 
-#define PREFETCH(address) __builtin_prefetch((address), 0, 2)
+/* Takes an address as a number: it may lie beyond the end of a tensor, where no pointer may point. */
+#define PREFETCH(address) __builtin_prefetch((const void *)(address), 0, 2)
 
 #if defined(__clang__)
 #define UNROLLED _Pragma("clang loop unroll_count(4)")
