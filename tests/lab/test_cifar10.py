@@ -55,6 +55,15 @@ def test_a_batch_is_read_as_python_2_and_as_python_3_wrote_it() -> None:
         np.testing.assert_array_equal(batch[:, 1:], PIXELS)
 
 
+def test_batches_that_were_made_from_the_half_set_are_told_from_the_originals(tmp_path: Path) -> None:
+    place = tmp_path / "cifar-10-batches-py"
+    place.mkdir()
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        (place / name).write_bytes(pickle.dumps({b"data": PIXELS, b"labels": LABELS}, protocol=4))
+    with pytest.raises(DataError, match=r"(?s)data_batch_1 is the wrong file.*read_cifar10.py.*sheets"):
+        load_cifar10(DataFolder(tmp_path))
+
+
 class Trap:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("import sys; sys.trapped = True",)

@@ -103,6 +103,8 @@ class DataSet:
     """The tar archive in which mirrors serve all files together."""
     packed: str | None = None
     """The tar archive in which a data folder may hold all files together."""
+    otherwise: str = ""
+    """What else to do where a file is not the set's."""
 
     def fetch_command(self, folder: DataFolder) -> str:
         """The one command that gets this set into `folder`; without mirrors, from a folder that has it."""
@@ -149,7 +151,7 @@ class DataSet:
         except OSError as error:
             raise DataError(f"cannot read {found}: {error.strerror}; {remedy} again") from error
         except DataError as error:
-            raise DataError(f"{error}; {remedy} again") from error
+            raise DataError(f"{error}; {remedy} again{self.otherwise}") from error
         folder.checksums[f"{self.name}/{file.name}"] = file.checksum
         return array
 
@@ -228,6 +230,7 @@ CIFAR10 = DataSet(
     ),
     mirrors=("https://www.cs.toronto.edu/~kriz/",),
     archive="cifar-10-python.tar.gz",
+    otherwise=", or, if read_cifar10.py wrote it, name the folder of the sheets that it read (train_00.webp ...)",
 )
 
 
