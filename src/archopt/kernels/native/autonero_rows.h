@@ -172,8 +172,8 @@ static inline double FN(move_block)(A *to, A *restrict d, const A *w, const A *r
   int64_t i = 0;
   for (; i + FN(LANES) <= n; i += FN(LANES)) {
     if (ahead) {
-      PREFETCH((uintptr_t)(u + i) + ahead * sizeof(A));
-      PREFETCH((uintptr_t)(m + i) + ahead * sizeof(A));
+      PREFETCH(BEYOND(u + i, ahead));
+      PREFETCH(BEYOND(m + i, ahead));
     }
     UNROLLED
     for (int part = 0; part < FN(PARTS); part++) {
@@ -204,7 +204,7 @@ static Move FN(decide)(const Tensor *t, const Options *o, const Pace *pace, doub
   Sums sums = {0, 0, 0, 0};
   for (int64_t k = 0; k < t->fan_in; k += BLOCK) {
     int64_t n = t->fan_in - k < BLOCK ? t->fan_in - k : BLOCK;
-    FN(sum_block)(FN(read)(w + k, room, n), u + k, m + k, n, ahead ? (uintptr_t)(w + k) + ahead * sizeof(T) : 0, &sums);
+    FN(sum_block)(FN(read)(w + k, room, n), u + k, m + k, n, ahead ? BEYOND(w + k, ahead) : 0, &sums);
   }
   int polar = u != m;
   double s = sqrt(square), length = polar ? sqrt(sums.uu) : s;

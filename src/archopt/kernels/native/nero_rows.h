@@ -45,7 +45,7 @@ static Sums FN(sum_row)(const T *w, const T *g, int64_t spread, int64_t stride, 
   for (int64_t s = 0; s < spread; s++) {
     for (int64_t k = 0; k < run; k += BLOCK) {
       int64_t n = run - k < BLOCK ? run - k : BLOCK, at = s * stride + k;
-      const uintptr_t next = ahead ? (uintptr_t)(w + at) + ahead * sizeof(T) : 0;
+      const uintptr_t next = ahead ? BEYOND(w + at, ahead) : 0;
       FN(add_block)(FN(read)(w + at, w_room, n), FN(read)(g + at, g_room, n), n, next, &sums);
     }
   }
@@ -66,7 +66,7 @@ static void FN(move_row)(T *restrict w, const T *restrict g, int64_t spread, int
     for (int64_t k = 0; k < run; k += BLOCK) {
       int64_t n = run - k < BLOCK ? run - k : BLOCK;
       if (ahead) {
-        for (int64_t i = 0; i < n; i += LANES_BYTES / sizeof(T)) PREFETCH((uintptr_t)(from + k + i) + ahead * sizeof(*from));
+        for (int64_t i = 0; i < n; i += LANES_BYTES / sizeof(T)) PREFETCH(BEYOND(from + k + i, ahead));
       }
 #ifdef FROM
       FN(read)(to + k, w_room, n);

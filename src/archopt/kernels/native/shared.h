@@ -25,7 +25,8 @@ enum { LANES_BYTES = 64 }; /* of partial sums side by side, whatever the width o
 /* A row whose squared norm after its step is a smaller part of its terms than this is summed again. */
 #define CANCELLATION 0.25
 
-/* Takes an address as a number: it may lie beyond the end of a tensor, where no pointer may point. */
+/* Addresses as numbers: what is asked for ahead may lie beyond the end of a tensor, where no pointer may point. */
+#define BEYOND(pointer, entries) ((uintptr_t)(pointer) + (uintptr_t)(entries) * sizeof *(pointer))
 #define PREFETCH(address) __builtin_prefetch((const void *)(address), 0, 2)
 
 #if defined(__clang__)
