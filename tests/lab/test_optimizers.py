@@ -194,6 +194,21 @@ def test_a_peer_that_is_not_installed_is_refused_with_how_to_get_it(monkeypatch)
         Choice(entry, {}).build(network(), 0.1, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "before", "other"),
+    [
+        ("nero", "stochastic_rounding", False, True),
+        ("nero-roles", "stochastic_rounding", False, True),
+        ("muon", "products", "bfloat16", "float32"),
+    ],
+)
+def test_an_option_that_joined_later_is_recorded_only_where_it_is_not_as_before(name, option, before, other):
+    """So that runs which were stored before it joined can be gone on with."""
+    assert option not in parse_optimizer(name).resolved({})
+    assert option not in parse_optimizer(f"{name}({option}={before!r})").resolved({})
+    assert parse_optimizer(f"{name}({option}={other!r})").resolved({})[option] == other
+
+
 def test_muon_has_two_rates_and_both_can_be_set():
     assert parse_optimizer("muon(lr=[0.02,0.05],aux_lr=0.02)").label == "muon(aux_lr=0.02)"
     pair = parse_optimizer("muon(lr=0.05,aux_lr=0.02)")

@@ -69,6 +69,9 @@ class Entry:
     """Whether it has a learning rate. Without one it takes no `lr` and follows no schedule."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Options in which the entry differs from the constructor's defaults."""
+    joined_later: Mapping[str, Any] = field(default_factory=dict)
+    """Options that the optimiser got after runs of it had been stored, each with the value that those runs had. At
+    that value they stay out of the record, so that those runs keep their identity."""
     needs_torch: tuple[int, int] = (2, 7)
     peer: bool = False
     """Whether it is another project's, which the extra `archopt[peers]` installs."""
@@ -134,6 +137,8 @@ def register(entry: Entry) -> None:
     ENTRIES[entry.name] = entry
 
 
+NERO_JOINED_LATER = {"stochastic_rounding": False}
+
 for _entry in (
     Entry(
         "nero",
@@ -141,6 +146,7 @@ for _entry in (
         "archopt.optim.nero:Nero",
         from_named_parameters,
         default_lr=0.01,
+        joined_later=NERO_JOINED_LATER,
     ),
     Entry(
         "nero-roles",
@@ -148,6 +154,7 @@ for _entry in (
         "archopt.optim.nero:Nero",
         from_module,
         default_lr=0.01,
+        joined_later=NERO_JOINED_LATER,
     ),
     Entry(
         "agd",
@@ -189,6 +196,7 @@ for _entry in (
         "archopt.lab.muon:MuonWithAdamW",
         from_module,
         needs_torch=(2, 9),
+        joined_later={"products": "bfloat16"},
     ),
     Entry(
         "schedule-free-adamw",
@@ -267,14 +275,16 @@ class Choice:
         check_options(self.entry, self._published(settings))
 
     def resolved(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """All options but `lr`: the entry's defaults, the workload's published settings, what was asked for."""
+        """All options but `lr`, as a record has them: the entry's defaults, the workload's published settings, what
+        was asked for; those that joined later only where they differ from what they were before."""
         options = {**self.entry.signature, **self._published(settings), **self.options}
-        if not self.entry.home.startswith("archopt."):
-            return options
-        # Our rules resolve what is left to them (None) at construction; the record says to what.
-        layers = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
-        defaults = self.build(layers, None, settings).defaults
-        return {name: defaults.get(name, value) for name, value in options.items()}
+        if self.entry.home.startswith("archopt."):
+            # Our rules resolve what is left to them (None) at construction; the record says to what.
+            layers = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+            defaults = self.build(layers, None, settings).defaults
+            options = {name: defaults.get(name, value) for name, value in options.items()}
+        before, missing = self.entry.joined_later, object()
+        return {name: value for name, value in options.items() if value != before.get(name, missing)}
 
     def build(
         self, model: nn.Module, lr: float | None, settings: Mapping[str, Mapping[str, Any]]
