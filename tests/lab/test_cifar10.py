@@ -62,6 +62,10 @@ def test_batches_that_were_made_from_the_half_set_are_told_from_the_originals(tm
         (place / name).write_bytes(pickle.dumps({b"data": PIXELS, b"labels": LABELS}, protocol=4))
     with pytest.raises(DataError, match=r"(?s)data_batch_1 is the wrong file.*read_cifar10.py.*sheets"):
         load_cifar10(DataFolder(tmp_path))
+    first = place / "data_batch_1"
+    first.write_bytes(first.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"data_batch_1 is no batch.* gets it again$"):
+        load_cifar10(DataFolder(tmp_path))
 
 
 class Trap:

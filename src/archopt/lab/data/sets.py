@@ -51,6 +51,10 @@ def member(archive: bytes, names: tuple[str, ...], where: str) -> bytes:
     raise DataError(f"{where} is the wrong archive: it has no {' and no '.join(names)}")
 
 
+class WrongFile(DataError):
+    """A file that is whole, but of other data than its name says."""
+
+
 @dataclass(frozen=True)
 class DataFile:
     """One file of a set, named without `.gz`. The checksum is of the unpacked content: who packed it is
@@ -76,7 +80,7 @@ class DataFile:
         content = unpack(content, where)
         array = self.reader(content, where)
         if array.shape != self.shape:
-            raise DataError(
+            raise WrongFile(
                 f"{where} is the wrong file: its array has shape {array.shape}, {self.name} has {self.shape}"
             )
         found = (sha256 if self.checksum.startswith("sha256:") else md5)(content)
@@ -104,7 +108,7 @@ class DataSet:
     packed: str | None = None
     """The tar archive in which a data folder may hold all files together."""
     otherwise: str = ""
-    """What else to do where a file is not the set's."""
+    """What else to do where a file is whole and of other data."""
 
     def fetch_command(self, folder: DataFolder) -> str:
         """The one command that gets this set into `folder`; without mirrors, from a folder that has it."""
@@ -151,7 +155,8 @@ class DataSet:
         except OSError as error:
             raise DataError(f"cannot read {found}: {error.strerror}; {remedy} again") from error
         except DataError as error:
-            raise DataError(f"{error}; {remedy} again{self.otherwise}") from error
+            other = self.otherwise if isinstance(error, WrongFile) else ""
+            raise DataError(f"{error}; {remedy} again{other}") from error
         folder.checksums[f"{self.name}/{file.name}"] = file.checksum
         return array
 
