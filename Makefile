@@ -10,7 +10,7 @@ export ARCHOPT_DATA := $(DATA)
 # What the CPU kernel is compiled from; it is built with the package, where there is a compiler.
 KERNEL := setup.py $(wildcard src/archopt/kernels/native/*)
 
-.PHONY: demo test test-triton test-long lint types format clean env
+.PHONY: demo test test-triton test-long test-aarch64 lint types format clean env
 
 env: $(STAMP)
 
@@ -33,6 +33,10 @@ test-triton: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m slow
+
+# The CPU kernels, compiled for aarch64 and run by an emulator; the script says what that needs.
+test-aarch64: $(STAMP)
+	PYTHON=$(BIN)/python tests/kernels/aarch64.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -417,18 +418,37 @@ def test_mnist_smoke_presets_run(name: str) -> None:
 # -- the example -----------------------------------------------------------------------------------
 
 
-def test_the_example_workload_runs_and_learns() -> None:
-    path = ROOT / "examples" / "my_workload.py"
-    spec = importlib.util.spec_from_file_location("my_workload", path)
+def example(name: str) -> Any:
+    path = ROOT / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["my_workload"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_workload_runs_and_learns() -> None:
+    module = example("my_workload")
     workload = loaded(module.DigitCodes(epochs=3))
     untrained = train(workload, steps=0)["test_error"]
     trained = train(workload, lr=3e-3)["test_error"]
     assert trained < untrained / 2
     assert workload.schedule(0) == 1
     assert [sorted(module.DigitCodes.presets)] == [["paper", "small", "smoke"]]
-    assert len(path.read_text().splitlines()) <= 50
+    assert len(Path(module.__file__).read_text().splitlines()) <= 50
+
+
+@pytest.mark.data
+def test_the_example_of_fine_tuning_begins_with_what_was_trained() -> None:
+    FineTuning = example("fine_tuning").FineTuning
+    data = real_data("wikitext-2")
+    workload = loaded(FineTuning(pretraining=60, steps=10, eval_every=5), data)
+    start = train(workload, steps=0)
+    assert start["moved"] == 0
+    assert start["known_loss"] < start["val_loss"] - 0.15  # it knows the one text, not yet the other
+    end = train(workload, lr=3e-3)
+    assert end["moved"] > 0
+    assert end["val_loss"] < start["val_loss"]
+    assert int(workload.text.max()) == 64
