@@ -17,7 +17,7 @@ enum { SETS = 3 }; /* instruction sets: baseline, AVX2, AVX-512 */
 enum { SETS = 1 };
 #endif
 
-enum { UNIT = 16384 }; /* entries that a thread takes at a time, or one row if that is more */
+enum { UNIT = 65536 }; /* entries that a thread takes at a time, or one row if that is more */
 enum { BLOCK = 1024 }; /* entries that are converted, and summed before the sum of sums, at once */
 
 enum { LANES_BYTES = 64 }; /* of partial sums side by side, whatever the width of the processor's vectors */
