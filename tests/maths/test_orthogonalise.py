@@ -1,9 +1,18 @@
 """The polar factor: exact by SVD, close by Newton-Schulz, safe where a matrix is zero, thin, tiny or not finite."""
 
+import math
+
 import pytest
 import torch
 
-from archopt.optim.orthogonalise import METHODS, newton_schulz, newton_schulz_bfloat16, orthogonalise, svd
+from archopt.optim.orthogonalise import (
+    METHODS,
+    newton_schulz,
+    newton_schulz_bfloat16,
+    orthogonalise,
+    svd,
+    unit_frobenius,
+)
 
 SHAPES = [(5, 5), (3, 8), (8, 3), (2, 4, 6), (2, 3, 6, 4)]
 
@@ -105,3 +114,18 @@ def test_autocast_does_not_reach_the_products(method: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = orthogonalise(matrix, method)
     assert torch.equal(result, orthogonalise(matrix, method))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_has_faded_away_leaves_no_subnormal_numbers(dtype: torch.dtype) -> None:
+    """They would make the products of a CPU many times slower: rows of neurons that died long ago."""
+    tiny = torch.finfo(dtype).tiny
+    fading = torch.logspace(0, math.log10(tiny), 12, dtype=dtype)
+    faded = torch.randn(12, 16, dtype=dtype) * fading[:, None]
+    unit = unit_frobenius(faded)
+    assert (unit == 0).any()
+    assert (unit[unit != 0].square() >= tiny).all()
+    polar = orthogonalise(faded)
+    assert polar.isfinite().all()
+    assert (polar[0] != 0).all()
+    assert (polar[-1] == 0).all()
