@@ -30,7 +30,9 @@ def promises(bound, steps=300, errors=2.0, mean=-0.03, growth=1.01):
         size = growth**t
         noise = torch.randn((), generator=generator, dtype=torch.float64)
         slope = size * (mean + 0.1 * noise + (0.5 if t < 30 else 0.0))
-        state, _ = feedback_update(state, zero + size, slope, torch.tensor(True), beta2=0.99, options=options)
+        state, _ = feedback_update(
+            state, zero + size, slope, torch.tensor(True), beta2=0.99, most=0.1, options=options
+        )
         state = state._replace(G=zero + size)
         if t > 1:
             promised = state.theta * state.expected / (1 - 0.95 ** (t - 1)) * math.sqrt(t)
@@ -104,3 +106,8 @@ def test_the_first_angle_is_small_enough_for_the_number_of_matrices():
     assert math.isclose(first_angles(4, 0.3)[0], 1 / 32, rel_tol=1e-6)
     assert math.isclose(first_angles(20, 0.3)[0], 1 / 160, rel_tol=1e-6)
     assert math.isclose(first_angles(1, 0.1)[0], 0.1, rel_tol=1e-6)
+
+
+def test_a_small_first_angle_does_not_double_beyond_what_the_matrices_bear():
+    angles = first_angles(20, 1e-3)
+    assert angles[:4] == pytest.approx([0.001, 0.002, 0.004, 1 / 160], rel=1e-6)

@@ -95,7 +95,8 @@ class Reference:
         self.exponent = 0.5 if derivation else EXPONENT
         self.t = 0
         matrices = sum(variable.family in ("hidden", "head") for variable in variables.values())
-        self.theta0, self.theta = theta0, min(theta0, 1 / (8 * max(matrices, 1)))
+        self.most = 1 / (8 * max(matrices, 1))
+        self.theta0, self.theta = theta0, min(theta0, self.most)
         self.rho, self.C, self.G, self.f = 0.0, 0.0, 0.0, 1.0
         self.c, self.e, self.q, self.B, self.D = 0.0, 0.0, 0.0, 0.0, 0.0
         self.skipped = 0
@@ -123,7 +124,7 @@ class Reference:
             self.rho = min(2.0, max(-2.0, self.c / self.e)) if self.e > 0 else 0.0
             exponent = KAPPA * (self.rho + TAU / math.sqrt(1 + self.t / T))
             begins = self.theta0 * 2 ** (self.t - 1) < 0.01
-            self.theta *= 2 if begins else math.exp(exponent)
+            self.theta = min(2 * self.theta, self.most) if begins else self.theta * math.exp(exponent)
             heat = self.e / (1 - LAMBDA ** (self.t - 1)) * math.sqrt(self.t)
             error = math.sqrt(math.pi / 2) * self.D / (1 - LAMBDA ** (self.t - 1))
             error *= math.sqrt((1 - LAMBDA) / (1 + LAMBDA))

@@ -78,7 +78,7 @@ class AutoNero(ArchOptimizer):
         bound, bound_errors: how far sqrt(t) theta e may stand above the most that slopes have asked for; a huge
             number is no bound. Slopes ask while c is above 0 by more than so many of its standard errors.
         initial_theta: the angle of the first step, in radians; at most 1/(8L) is taken, with L matrices (embeddings
-            not counted), since their turns multiply. One below 0.01 doubles at every step until it is there.
+            not counted), since their turns multiply. One below 0.01 doubles at every step until it is at either.
         limit: gradients longer than this many times their running size are shortened to it.
         radius: "own": rows of hidden matrices and heads keep their initial norms as first radii. "unit": they are
             scaled to norm 1 at construction, which very deep plain networks need.
@@ -322,15 +322,15 @@ class AutoNero(ArchOptimizer):
         double = any(param.dtype == torch.float64 for param in trainable)
         dtype = torch.float64 if double else torch.float32
         feedback = torch.zeros(len(Feedback._fields), dtype=dtype, device=trainable[0].device)
-        depth = sum(
-            group["family"] in ("hidden", "head")
-            for group in self.param_groups
-            for p in group["params"]
-            if p.requires_grad
-        )
-        first = min(self.param_groups[0]["initial_theta"], 1 / (8 * max(depth, 1)))
+        first = min(self.param_groups[0]["initial_theta"], self._most_at_first())
         Feedback(*feedback.unbind()).theta.fill_(first)
         return feedback
+
+    def _most_at_first(self) -> float:
+        """1/(8L) with L matrices, embeddings not counted: their turns multiply before the feedback can tell."""
+        matrices = [group for group in self.param_groups if group["family"] in ("hidden", "head")]
+        depth = sum([p.requires_grad for group in matrices for p in group["params"]])
+        return 1 / (8 * max(depth, 1))
 
     def _held_feedback(self) -> Tensor | None:
         """The feedback that any parameter holds; all hold the same."""
@@ -382,7 +382,10 @@ class AutoNero(ArchOptimizer):
         product = torch.stack([product.to(home) for _, product in measures]).sum()
         moving = torch.stack([_is_not_zero(group["lr"], home) for group, _ in given]).any()
         past = Feedback(*held.unbind())
-        new, f = feedback_update(past, norm, product, moving, beta2=shared["beta2"], options=shared)
+        most = self._most_at_first()
+        new, f = feedback_update(
+            past, norm, product, moving, beta2=shared["beta2"], most=most, options=shared
+        )
         finite = torch.isfinite(norm) & torch.isfinite(product)
         live = finite & (norm > 0)
 
