@@ -322,14 +322,14 @@ class AutoNero(ArchOptimizer):
         double = any(param.dtype == torch.float64 for param in trainable)
         dtype = torch.float64 if double else torch.float32
         feedback = torch.zeros(len(Feedback._fields), dtype=dtype, device=trainable[0].device)
-        first = min(self.param_groups[0]["initial_theta"], self._most_at_first())
+        first = min(float(self.param_groups[0]["initial_theta"]), self._most_at_first())
         Feedback(*feedback.unbind()).theta.fill_(first)
         return feedback
 
     def _most_at_first(self) -> float:
         """1/(8L) with L matrices, embeddings not counted: their turns multiply before the feedback can tell."""
         matrices = [group for group in self.param_groups if group["family"] in ("hidden", "head")]
-        depth = sum([p.requires_grad for group in matrices for p in group["params"]])
+        depth: int = sum([p.requires_grad for group in matrices for p in group["params"]])
         return 1 / (8 * max(depth, 1))
 
     def _held_feedback(self) -> Tensor | None:
