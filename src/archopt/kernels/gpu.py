@@ -10,6 +10,7 @@ step whose gradients came back to memory that they had before uploads nothing, a
 import functools
 import importlib
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from archopt.kernels.cpu import Layout, Memory, Status
+from archopt.kernels.launch import Kernel, kernel
 
 DEVICE_TYPES = ("cuda",)  # what torch calls AMD's GPUs too; tests of Triton's interpreter add the CPU
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,8 +64,8 @@ def missing() -> str:
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python on the CPU (TRITON_INTERPRET=1)."""
-    knobs = importlib.import_module("triton").knobs
-    return bool(knobs.runtime.interpret)
+    knobs = getattr(importlib.import_module("triton"), "knobs", None)  # from Triton 3.4 on; torch 2.7 has 3.3
+    return os.environ.get("TRITON_INTERPRET") == "1" if knobs is None else bool(knobs.runtime.interpret)
 
 
 def obstacle(weight: Memory) -> str:
@@ -249,9 +251,9 @@ class Call(NamedTuple):
 
     options: int
     dtype: torch.dtype
-    grid: tuple[int]
+    kernels: tuple[Kernel, Kernel]  # rounding to nearest, and at random
+    units: int
     arguments: tuple[Any, ...]
-    constants: dict[str, Any]
 
 
 class Launches(NamedTuple):
@@ -261,6 +263,7 @@ class Launches(NamedTuple):
     turns: Tensor  # a unit's part of its tensor's turn
     skipped: Tensor
     calls: tuple[Call, ...]
+    report: Kernel
     tensors: int
 
 
@@ -288,10 +291,16 @@ def nero_launches(tensors: Sequence[NeroTensor], plans: Plans, *, capturable: bo
     skipped = torch.empty(sum(counts), dtype=torch.int32, device=device)
     calls = []
     for (options, dtype, shape), begin, count, blocks in parts:
-        constants = {"DTYPE": code.TYPES[dtype], "KIND": shape.kind, "R": shape.rows, "C": shape.columns}
-        constants["num_warps"] = shape.warps
-        calls.append(Call(options, dtype, (count,), (table, units, turns, skipped, begin, blocks), constants))
-    return Launches(table, turns, skipped, tuple(calls), len(tensors))
+        constants = {"DTYPE": code.TYPES[dtype], "PER": VECTOR // dtype.itemsize}
+        constants |= {"KIND": shape.kind, "R": shape.rows, "C": shape.columns}
+        nearest, at_random = (
+            kernel(code.nero, device, **constants, STOCHASTIC=stochastic, num_warps=shape.warps)
+            for stochastic in (False, True)
+        )
+        arguments = (table, units, turns, skipped, begin, blocks)
+        calls.append(Call(options, dtype, (nearest, at_random), count, arguments))
+    report = kernel(code.report, device, N=1024, num_warps=4)
+    return Launches(table, turns, skipped, tuple(calls), report, len(tensors))
 
 
 def _work(tensors: Sequence[NeroTensor]) -> list[Work]:
@@ -353,15 +362,12 @@ def nero(launches: Launches, options: Sequence[Options]) -> None:
 
     Each tensor has those of the `options` that its `NeroTensor.options` says.
     """
-    code = importlib.import_module("archopt.kernels.triton_nero")
     rules = [_rule(own, launches) for own in options]
     with on(launches.table.device):
-        for number, dtype, grid, arguments, constants in launches.calls:
+        for number, dtype, kernels, units, arguments in launches.calls:
             at_random = options[number].stochastic_rounding and dtype == torch.bfloat16
-            code.nero[grid](*arguments, *rules[number], STOCHASTIC=at_random, **constants)
-        code.report[(launches.tensors,)](
-            launches.table, launches.turns, launches.skipped, N=1024, num_warps=4
-        )
+            kernels[at_random].launch(units, *arguments, *rules[number])
+        launches.report.launch(launches.tensors, launches.table, launches.turns, launches.skipped)
 
 
 def _rule(options: Options, launches: Launches) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from archopt.kernels import gpu
 from archopt.kernels.cpu import Layout
 from archopt.kernels.cpu_agd import AGDTensor
+from archopt.kernels.launch import kernel
 
 COLUMNS = 12  # numbers a tensor, as in triton_agd.py
 FLAT, ALIGNED_FLAT, IN_RUNS, ALIGNED_RUNS, SIDE_BY_SIDE, SHORT_ROWS = range(6)
@@ -40,8 +41,13 @@ class Prepared:
     """The step of tensors of one type on one device, as long as they lie where they lie. It keeps none of them."""
 
     def __init__(self, tensors: Sequence[AGDTensor], plans: gpu.Plans, *, capturable: bool) -> None:
-        self.code: Any = importlib.import_module("archopt.kernels.triton_agd")
-        self.device, self.dtype = tensors[0].weight.device, tensors[0].weight.dtype
+        code: Any = importlib.import_module("archopt.kernels.triton_agd")
+        self.device = tensors[0].weight.device
+        dtype = tensors[0].weight.dtype
+        of_type = {"DTYPE": code.TYPES[dtype], "PER": gpu.VECTOR // dtype.itemsize}
+        self.measure = kernel(code.measure, self.device, **of_type, num_warps=4)
+        self.finish = kernel(code.finish, self.device, PARTS_AT_ONCE=PARTS_AT_ONCE, num_warps=4)
+        self.step = kernel(code.step, self.device, **of_type, num_warps=4)
         self._plans = plans
         self._reaches = [tensor.reach for tensor in tensors]
         self.rates = list({id(lr): lr for t in tensors if (lr := _rate(t)) is not None}.values())
@@ -81,37 +87,25 @@ class AGDStep:
     def __init__(self, prepared: Prepared, weights: list[Tensor], paces: Sequence[float]) -> None:
         made = self._made = prepared
         self._weights, self._paces = weights, paces
-        work, code = made.work, made.code
+        work = made.work
         norms_to = work.slots + work.parts
         sums = torch.empty(norms_to + work.counts[1], dtype=torch.float64, device=made.device)
         slots, self._norms, terms = sums[: work.slots], sums[work.slots : norms_to], sums[norms_to:]
         with gpu.on(made.device):
-            code.measure[(work.counts[0],)](
-                made.table, work.units, slots, DTYPE=code.TYPES[made.dtype], num_warps=4
-            )
-            code.finish[(work.counts[1],)](
-                made.table, work.items, slots, self._norms, terms, PARTS_AT_ONCE=PARTS_AT_ONCE, num_warps=4
-            )
+            made.measure.launch(work.counts[0], made.table, work.units, slots)
+            made.finish.launch(work.counts[1], made.table, work.items, slots, self._norms, terms)
         self.summary = terms.sum()
 
     def move(self, eta: Tensor) -> None:
         """Moves all weights, in place. eta: 0-d."""
-        made, work, code = self._made, self._made.work, self._made.code
+        made, work = self._made, self._made.work
         distances = made.distances(self._paces)
         rates = distances  # not read where there are none
         if made.rates:
             rates = torch.stack([lr.to(made.device, torch.float64).reshape(()) for lr in made.rates])
         with gpu.on(made.device):
-            code.step[(work.counts[0],)](
-                made.table,
-                work.units,
-                self._norms,
-                distances,
-                rates,
-                eta.to(self.summary),
-                DTYPE=code.TYPES[made.dtype],
-                num_warps=4,
-            )
+            eta = eta.to(self.summary)
+            made.step.launch(work.counts[0], made.table, work.units, self._norms, distances, rates, eta)
         torch.autograd.graph.increment_version(self._weights)
 
 

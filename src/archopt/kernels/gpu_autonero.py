@@ -1,5 +1,6 @@
 """AutoNero's GPU kernels (triton_autonero.py): their tables and launches."""
 
+import functools
 import importlib
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from archopt.kernels import gpu
 from archopt.kernels.autonero import ENTRIES, HIDDEN, PLAIN, TURNING, AutoNeroTensor, GroupOptions
+from archopt.kernels.launch import Kernel, kernel
 
 MEASURED = 4096  # entries that a program measures
 SUMMED = 256  # parts that a program adds up at a time
@@ -74,8 +76,10 @@ class GpuPasses:
         spare: bool,
     ) -> None:
         self._tensors = tensors
-        self._code: Any = importlib.import_module("archopt.kernels.triton_autonero")
         self._device = tensors[0].weight.device
+        code: Any = importlib.import_module("archopt.kernels.triton_autonero")
+        self._total = kernel(code.total, self._device, N=SUMMED, num_warps=4)
+        self._of_paces = kernel(code.paces, self._device, num_warps=1)
         self._options = options
         self._plans = plans
         self._spare = spare
@@ -92,17 +96,9 @@ class GpuPasses:
         sums = torch.empty((count, 2), dtype=torch.float64, device=self._device)
         with gpu.on(self._device):
             for call in made.work.measures:
-                self._code.measure[(call.units,)](
-                    made.table,
-                    made.work.of_measures,
-                    parts,
-                    call.first,
-                    *self._triton(call.types),
-                    N=call.shape.columns,
-                    ALIGNED=call.shape.aligned,
-                    num_warps=call.shape.warps,
-                )
-            self._code.total[(count,)](made.table, made.options, parts, sums, N=SUMMED, num_warps=4)
+                measure = _kernel("measure", self._device, call.types, call.shape)
+                measure.launch(call.units, made.table, made.work.of_measures, parts, call.first)
+            self._total.launch(count, made.table, made.options, parts, sums)
         return sums
 
     def average(self, scalars: Tensor, reaches: Tensor) -> Tensor:
@@ -110,23 +106,11 @@ class GpuPasses:
         self._paces = self._empty(count, PACE)
         expected = self._empty(made.work.of_averages.size(0))
         with gpu.on(self._device):
-            self._code.paces[(count,)](made.table, made.options, scalars, self._paces, num_warps=1)
+            self._of_paces.launch(count, made.table, made.options, scalars, self._paces)
             for call in made.work.averages:
-                self._code.average[(call.units,)](
-                    made.table,
-                    made.work.of_averages,
-                    self._paces,
-                    reaches,
-                    expected,
-                    call.first,
-                    *self._triton(call.types),
-                    KIND_OF_WORK=call.shape.kind,
-                    ALIGNED=call.shape.aligned,
-                    LONG=call.shape.long,
-                    R=call.shape.rows,
-                    C=call.shape.columns,
-                    num_warps=call.shape.warps,
-                )
+                average = _kernel("average", self._device, call.types, call.shape)
+                lists = made.work.of_averages, self._paces, reaches, expected
+                average.launch(call.units, made.table, *lists, call.first)
         torch.autograd.graph.increment_version(self._moved)
         return expected.sum(dtype=torch.float64)
 
@@ -138,28 +122,13 @@ class GpuPasses:
         units = -(-tensor.rows // shape.rows)
         expected = self._empty(count * units)
         with gpu.on(self._device):
-            self._code.turn[(count * units,)](
-                made.table,
-                self._paces,
-                directions,
-                expected,
-                first,
-                units,
-                *self._triton(self._types[first]),
-                ALIGNED=shape.aligned,
-                LONG=shape.long,
-                R=shape.rows,
-                C=shape.columns,
-                num_warps=shape.warps,
-            )
+            turn = _kernel("turn", self._device, self._types[first], shape)
+            turn.launch(count * units, made.table, self._paces, directions, expected, first, units)
         torch.autograd.graph.increment_version(self._weights[first : first + count])
         return expected.sum(dtype=torch.float64)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self._device)
-
-    def _triton(self, types: Types) -> tuple[Any, ...]:
-        return tuple(self._code.TYPES[dtype] for dtype in types)
 
     def _now(self) -> Prepared:
         assert self._prepared is not None, "the other passes come after measure"
@@ -212,6 +181,19 @@ class GpuPasses:
         there = [self._plans.upload_lines(units, self._device) for units in (of_measures, of_averages)]
         counts = [parts.numel() for _, _, _, parts in measured]
         return Work(measures, averages, there[0], there[1], tuple(zip(firsts, counts, strict=True)))
+
+
+@functools.cache
+def _kernel(name: str, device: torch.device, types: Types, shape: Shape) -> Kernel:
+    """The kernel `measure`, `average` or `turn` for tensors of these types, worked on in this way."""
+    code: Any = importlib.import_module("archopt.kernels.triton_autonero")
+    constants = {"W": code.TYPES[types[0]], "D": code.TYPES[types[1]]}
+    if name == "measure":
+        constants |= {"N": shape.columns, "ALIGNED": shape.aligned}
+    else:
+        constants |= {"KIND_OF_WORK": shape.kind} if name == "average" else {}
+        constants |= {"ALIGNED": shape.aligned, "LONG": shape.long, "R": shape.rows, "C": shape.columns}
+    return kernel(getattr(code, name), device, **constants, num_warps=shape.warps)
 
 
 def _begins(tensor: AutoNeroTensor, grad: int) -> tuple[int, ...]:

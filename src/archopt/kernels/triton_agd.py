@@ -174,8 +174,9 @@ def _measure_rows(g_ptr, slot_ptr, pieces, part, parts, run):
 
 
 @triton.jit
-def measure(table_ptr, work_ptr, slots_ptr, DTYPE: tl.constexpr):
-    """The sums of squares that a unit has of its parts; slots_ptr: float64, [parts][pieces] of each tensor."""
+def measure(table_ptr, work_ptr, slots_ptr, DTYPE: tl.constexpr, PER: tl.constexpr):
+    """The sums of squares that a unit has of its parts; slots_ptr: float64, [parts][pieces] of each tensor. PER:
+    entries of VECTOR bytes."""
     unit = work_ptr + tl.program_id(0) * UNIT
     line = table_ptr + tl.load(unit + TENSOR).to(tl.int64) * COLUMNS
     part = tl.load(unit + PART)
@@ -187,15 +188,14 @@ def measure(table_ptr, work_ptr, slots_ptr, DTYPE: tl.constexpr):
     run = tl.load(line + RUN).to(tl.int32)
     pieces = tl.load(line + PIECES)
     slot_ptr = slots_ptr + tl.load(line + FIRST_SLOT) + part * pieces + tl.load(unit + PIECE)
-    per: tl.constexpr = VECTOR // (DTYPE.primitive_bitwidth // 8)
     if kind == FLAT:
         _measure_piece(g_ptr, slot_ptr, part, first, spread, rows, run, False, 1)
     elif kind == ALIGNED_FLAT:
-        _measure_piece(tl.multiple_of(g_ptr, VECTOR), slot_ptr, part, first, spread, rows, run, False, per)
+        _measure_piece(tl.multiple_of(g_ptr, VECTOR), slot_ptr, part, first, spread, rows, run, False, PER)
     elif kind == IN_RUNS:
         _measure_piece(g_ptr, slot_ptr, part, first, spread, rows, run, True, 1)
     elif kind == ALIGNED_RUNS:
-        _measure_piece(tl.multiple_of(g_ptr, VECTOR), slot_ptr, part, first, spread, rows, run, True, per)
+        _measure_piece(tl.multiple_of(g_ptr, VECTOR), slot_ptr, part, first, spread, rows, run, True, PER)
     elif kind == SIDE_BY_SIDE:
         _measure_side_by_side(g_ptr, slot_ptr, pieces, part, first, spread, rows)
     else:
@@ -315,7 +315,9 @@ def _move_rows(w_ptr, g_ptr, norm_ptr, part, parts, distance, run):
 
 
 @triton.jit
-def step(table_ptr, work_ptr, norms_ptr, paces_ptr, rates_ptr, eta_ptr, DTYPE: tl.constexpr):
+def step(
+    table_ptr, work_ptr, norms_ptr, paces_ptr, rates_ptr, eta_ptr, DTYPE: tl.constexpr, PER: tl.constexpr
+):
     """Moves a unit's parts by eta times the pace of their tensor, and times its rate where it has one."""
     unit = work_ptr + tl.program_id(0) * UNIT
     tensor = tl.load(unit + TENSOR).to(tl.int64)
@@ -332,17 +334,16 @@ def step(table_ptr, work_ptr, norms_ptr, paces_ptr, rates_ptr, eta_ptr, DTYPE: t
     rate = tl.load(line + RATE)
     distance = tl.load(eta_ptr) * tl.load(paces_ptr + tensor)
     distance *= tl.load(rates_ptr + rate, mask=rate >= 0, other=1.0)
-    per: tl.constexpr = VECTOR // (DTYPE.primitive_bitwidth // 8)
     if kind == FLAT:
         _move_piece(w_ptr, g_ptr, norm_ptr, part, first, distance, spread, rows, run, False, 1)
     elif kind == ALIGNED_FLAT:
         _move_piece(tl.multiple_of(w_ptr, VECTOR), tl.multiple_of(g_ptr, VECTOR), norm_ptr, part, first,
-                    distance, spread, rows, run, False, per)  # fmt: skip
+                    distance, spread, rows, run, False, PER)  # fmt: skip
     elif kind == IN_RUNS:
         _move_piece(w_ptr, g_ptr, norm_ptr, part, first, distance, spread, rows, run, True, 1)
     elif kind == ALIGNED_RUNS:
         _move_piece(tl.multiple_of(w_ptr, VECTOR), tl.multiple_of(g_ptr, VECTOR), norm_ptr, part, first,
-                    distance, spread, rows, run, True, per)  # fmt: skip
+                    distance, spread, rows, run, True, PER)  # fmt: skip
     elif kind == SIDE_BY_SIDE:
         _move_side_by_side(w_ptr, g_ptr, norm_ptr, part, first, distance, spread, rows)
     else:

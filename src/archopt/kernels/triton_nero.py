@@ -268,11 +268,12 @@ def _correction(beta_log, step):
 
 @triton.jit(do_not_specialize=["flags", "base"])
 def nero(table_ptr, work_ptr, turns_ptr, skipped_ptr, base, blocks, rate_ptr, lr, beta, rest, beta_log, flags,
-         DTYPE: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+         DTYPE: tl.constexpr, PER: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
          STOCHASTIC: tl.constexpr):  # fmt: skip
     """Unit `base` + the program's number: R neurons, C entries of each at a time; of tiles, so many blocks of them.
 
-    lr, or *rate_ptr; beta, rest = 1 - beta and beta_log = log(beta), each as close as float32 can be.
+    lr, or *rate_ptr; beta, rest = 1 - beta and beta_log = log(beta), each as close as float32 can be. PER: entries
+    of VECTOR bytes.
     """
     unit = base + tl.program_id(0)
     tensor = tl.load(work_ptr + 2 * unit)
@@ -293,8 +294,7 @@ def nero(table_ptr, work_ptr, turns_ptr, skipped_ptr, base, blocks, rate_ptr, lr
     sign = tl.where((flags & MAXIMIZE) != 0, -1.0, 1.0)
     if KIND == ALIGNED_TILES or KIND == ALIGNED_LONG:
         # The compiler is told what makes it right to load several entries at once.
-        per: tl.constexpr = VECTOR // (DTYPE.primitive_bitwidth // 8)
-        fan_in = (fan_in // per) * per
+        fan_in = (fan_in // PER) * PER
         w_ptr = tl.multiple_of(w_ptr, VECTOR)
         g_ptr = tl.multiple_of(g_ptr, VECTOR)
 

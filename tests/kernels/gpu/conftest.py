@@ -35,10 +35,11 @@ def device(_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     patch_tensors, convert = interpreter._patch_lang_tensor, interpreter._convert_float
 
-    def patch(tensor, scope):
+    def patch(tensor, *scope):  # a scope, which undoes it, from Triton 3.6 on
         # Up to Triton 3.6 it makes an int of an array of one entry, which numpy 2.4 refuses.
-        patch_tensors(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        patch_tensors(tensor, *scope)
+        put = scope[0].set_attr if scope else setattr
+        put(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def round_to_nearest(values, source, target, mode):
         # It cuts float32 off to bfloat16; a GPU rounds.
