@@ -10,16 +10,15 @@ from archopt import AutoNero
 STEPS, SETTLED, ENTRIES = 1800, 800, 1000
 
 
-@pytest.mark.parametrize(("target", "curvature", "noise"), [(0.1, 1.0, 1.0), (0.2, 3.0, 0.5)])
-def test_the_angle_settles_where_the_proposition_says(target: float, curvature: float, noise: float) -> None:
-    """theta* = 2 tau sigma / (h sqrt(1 - tau)), the variance sigma^2 tau / (h^2 (1 - tau)), rho = -theta h / (2 s).
+def settled(target: float, curvature: float, noise: float, beta: float) -> tuple[float, float, float]:
+    """Angle, quotient and variance, in the mean over steps in which they have settled.
 
     Each entry of a vector is one quadratic; all share the angle, so their sums have hardly any noise.
     """
     x = torch.nn.Parameter(torch.zeros(ENTRIES, dtype=torch.float64))
     optimizer = AutoNero(
         [{"params": [x], "family": "vector"}],
-        beta=0.0,
+        beta=beta,
         beta2=0.999,
         target=target,
         target_steps=1e15,
@@ -36,11 +35,28 @@ def test_the_angle_settles_where_the_proposition_says(target: float, curvature: 
         if t >= SETTLED:
             seen.append([float(optimizer.theta), float(optimizer.rho), float(x.detach().square().mean())])
     theta, rho, variance = torch.tensor(seen, dtype=torch.float64).mean(0).tolist()
+    return theta, rho, variance
+
+
+TASKS = pytest.mark.parametrize(("target", "curvature", "noise"), [(0.1, 1.0, 1.0), (0.2, 3.0, 0.5)])
+
+
+@TASKS
+def test_the_angle_settles_where_the_proposition_says(target: float, curvature: float, noise: float) -> None:
+    """theta* = 2 tau sigma / (h sqrt(1 - tau)), the variance sigma^2 tau / (h^2 (1 - tau)), rho = -theta h / (2 s)."""
+    theta, rho, variance = settled(target, curvature, noise, beta=0.0)
     s = noise / math.sqrt(1 - target)
     assert theta == pytest.approx(2 * target * s / curvature, rel=0.03)
     assert variance == pytest.approx(noise**2 * target / (curvature**2 * (1 - target)), rel=0.04)
     assert rho == pytest.approx(-target, abs=0.005)
     assert rho == pytest.approx(-theta * curvature / (2 * s), rel=0.05)
+
+
+@TASKS
+def test_with_momentum_the_angle_settles_there_too(target: float, curvature: float, noise: float) -> None:
+    """Not proven: with beta = 0.9 it comes out 4 and 7 % smaller."""
+    theta, _, _ = settled(target, curvature, noise, beta=0.9)
+    assert theta == pytest.approx(2 * target * noise / math.sqrt(1 - target) / curvature, rel=0.08)
 
 
 def test_batches_without_replacement_pull_the_quotient_down() -> None:
