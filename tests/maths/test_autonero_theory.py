@@ -43,7 +43,7 @@ TASKS = pytest.mark.parametrize(("target", "curvature", "noise"), [(0.1, 1.0, 1.
 
 @TASKS
 def test_the_angle_settles_where_the_proposition_says(target: float, curvature: float, noise: float) -> None:
-    """theta* = 2 tau sigma / (h sqrt(1 - tau)), the variance sigma^2 tau / (h^2 (1 - tau)), rho = -theta h / (2 s)."""
+    """theta* = 2 tau sigma/(h sqrt(1 - tau)), the variance sigma^2 tau/(h^2 (1 - tau)), rho = -theta h/(2 s)."""
     theta, rho, variance = settled(target, curvature, noise, beta=0.0)
     s = noise / math.sqrt(1 - target)
     assert theta == pytest.approx(2 * target * s / curvature, rel=0.03)

@@ -49,15 +49,16 @@ class Variable:
                 if self.norm(row) > 0:
                     self.values[row] *= math.sqrt(len(row)) / self.norm(row)
         self.R = [self.norm(row) for row in self.rows()]
-        positive = sorted(norm for norm in self.R if norm > 0)
-        n = len(positive)
-        if positive:
-            grown = (positive[(n - 1) // 2] + positive[n // 2]) / 2
+        least = 1e-3 / math.sqrt(3)
+        old = sorted(norm for norm in self.R if norm >= least)
+        n = len(old)
+        if old:
+            grown = (old[(n - 1) // 2] + old[n // 2]) / 2
         elif self.family == "embedding":
             grown = math.sqrt(len(self.rows()[0]))
         else:
             grown = 1 / math.sqrt(3)
-        self.grows_to = [grown if norm == 0 else 0.0 for norm in self.R]
+        self.grows_to = [grown if norm < least else 0.0 for norm in self.R]
         if self.family == "embedding" and not self.scaled:
             full = math.sqrt(len(self.rows()[0]))
             self.grows_to = [full if norm < full else 0.0 for norm in self.R]

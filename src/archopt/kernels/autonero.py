@@ -70,17 +70,21 @@ class Passes(Protocol):
         but do not keep them."""
         ...
 
-    def average(self, scalars: Tensor, reaches: Tensor) -> Tensor:
-        """m and v of all tensors, and the whole step of all that are not hidden; returns their sum of <gh, d>, 0-d.
+    def average(self, scalars: Tensor, reaches: Tensor) -> None:
+        """m and v of all tensors, and the whole step of all that are not hidden.
 
         reaches: of each tensor of kind PLAIN, in order, how long the plain step of a row is, over theta; float64.
         """
         ...
 
-    def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> Tensor:
-        """The rest of the step of hidden tensors of one shape; returns their sum of <gh, d>, 0-d.
+    def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> None:
+        """The rest of the step of hidden tensors of one shape.
 
         first, count: the position of the first, and how many. directions: their polar factors, (count, ...),
         contiguous, entries in the order of the weights' memory.
         """
+        ...
+
+    def expected(self) -> Tensor:
+        """Sum <gh, d> of all that has moved since `average` began, 0-d, float64."""
         ...

@@ -35,6 +35,7 @@ class CpuPasses:
         self._heads = [position for position, tensor in enumerate(tensors) if tensor.kind == PLAIN]
         self._weights = [tensor.weight for tensor in tensors]
         self._moved = [tensor.weight for tensor in tensors if tensor.kind != HIDDEN]  # by `average`
+        self._expected: list[Tensor] = []
 
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         self._table[GRAD::WORDS] = array("q", map(Tensor.data_ptr, grads))
@@ -42,24 +43,25 @@ class CpuPasses:
         _call("archopt_autonero_measure", MEASURE, self._table, self._options, sums.data_ptr())
         return sums
 
-    def average(self, scalars: Tensor, reaches: Tensor) -> Tensor:
+    def average(self, scalars: Tensor, reaches: Tensor) -> None:
         for position, length in zip(self._heads, reaches.unbind(), strict=True):
             self._table[WORDS * position + REACH] = length.data_ptr()
-        expected = torch.empty((), dtype=torch.float64)
+        self._expected = [expected := torch.empty((), dtype=torch.float64)]
         where = scalars.data_ptr(), expected.data_ptr()
         _call("archopt_autonero_average", MOVE, self._table, self._options, *where)
         torch.autograd.graph.increment_version(self._moved)
-        return expected
 
-    def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> Tensor:
+    def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> None:
         table = self._table[WORDS * first : WORDS * (first + count)]
         for position, direction in enumerate(directions.unbind()):
             table[WORDS * position + DIRECTION] = direction.data_ptr()
-        expected = torch.empty((), dtype=torch.float64)
+        self._expected.append(expected := torch.empty((), dtype=torch.float64))
         where = scalars.data_ptr(), expected.data_ptr()
         _call("archopt_autonero_turn", MOVE, table, self._options, *where)
         torch.autograd.graph.increment_version(self._weights[first : first + count])
-        return expected
+
+    def expected(self) -> Tensor:
+        return torch.stack(self._expected).sum()
 
 
 def _call(name: str, types: Sequence[type], table: "array[int]", options: "array[float]", *rest: int) -> None:

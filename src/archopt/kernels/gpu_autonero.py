@@ -53,6 +53,7 @@ class Work(NamedTuple):
     of_measures: Tensor  # int32, (units, 2): tensor and number of its part
     of_averages: Tensor  # tensor and first row or entry
     parts: tuple[tuple[int, int], ...]  # of each tensor the first unit of `measure`, and how many
+    turned: int  # room for what the units of all `turn`s write
 
 
 class Prepared(NamedTuple):
@@ -88,6 +89,8 @@ class GpuPasses:
         self._moved = [tensor.weight for tensor in tensors if tensor.kind != HIDDEN]  # by `average`
         self._prepared: Prepared | None = None
         self._paces: Tensor | None = None
+        self._parts: Tensor | None = None  # <gh, d> of units, those of `average` and then of `turn`s
+        self._written = 0
 
     def measure(self, grads: Sequence[Tensor]) -> Tensor:
         self._prepared = made = self._find(tuple(map(Tensor.data_ptr, grads)))
@@ -101,31 +104,39 @@ class GpuPasses:
             self._total.launch(count, made.table, made.options, parts, sums)
         return sums
 
-    def average(self, scalars: Tensor, reaches: Tensor) -> Tensor:
+    def average(self, scalars: Tensor, reaches: Tensor) -> None:
         made, count = self._now(), len(self._tensors)
         self._paces = self._empty(count, PACE)
-        expected = self._empty(made.work.of_averages.size(0))
+        averaged = made.work.of_averages.size(0)
+        self._parts = torch.zeros(
+            _aligned_count(averaged) + made.work.turned, dtype=torch.float32, device=self._device
+        )
+        self._written = _aligned_count(averaged)
         with gpu.on(self._device):
             self._of_paces.launch(count, made.table, made.options, scalars, self._paces)
             for call in made.work.averages:
                 average = _kernel("average", self._device, call.types, call.shape)
-                lists = made.work.of_averages, self._paces, reaches, expected
+                lists = made.work.of_averages, self._paces, reaches, self._parts
                 average.launch(call.units, made.table, *lists, call.first)
         torch.autograd.graph.increment_version(self._moved)
-        return expected.sum(dtype=torch.float64)
 
-    def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> Tensor:
+    def turn(self, first: int, count: int, directions: Tensor, scalars: Tensor) -> None:
         made, tensor = self._now(), self._tensors[first]
         assert self._paces is not None, "turn comes after average"
+        assert self._parts is not None
         aligned = min(shape.aligned for shape in made.shapes[first : first + count])
         shape = made.shapes[first]._replace(aligned=0 if directions.data_ptr() % gpu.VECTOR else aligned)
         units = -(-tensor.rows // shape.rows)
-        expected = self._empty(count * units)
+        parts = self._parts[self._written :]
+        self._written += _aligned_count(count * units)
         with gpu.on(self._device):
             turn = _kernel("turn", self._device, self._types[first], shape)
-            turn.launch(count * units, made.table, self._paces, directions, expected, first, units)
+            turn.launch(count * units, made.table, self._paces, directions, parts, first, units)
         torch.autograd.graph.increment_version(self._weights[first : first + count])
-        return expected.sum(dtype=torch.float64)
+
+    def expected(self) -> Tensor:
+        assert self._parts is not None, "it comes after average"
+        return self._parts.sum(dtype=torch.float64)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self._device)
@@ -180,7 +191,14 @@ class GpuPasses:
         averages, of_averages, _ = _units(averaged)
         there = [self._plans.upload_lines(units, self._device) for units in (of_measures, of_averages)]
         counts = [parts.numel() for _, _, _, parts in measured]
-        return Work(measures, averages, there[0], there[1], tuple(zip(firsts, counts, strict=True)))
+        turned = [_aligned_count(starts.numel()) for _, shape, _, starts in averaged if shape.kind == HIDDEN]
+        parts = tuple(zip(firsts, counts, strict=True))
+        return Work(measures, averages, there[0], there[1], parts, sum(turned))
+
+
+def _aligned_count(count: int) -> int:
+    """So many float32, and what follows them is still aligned: Triton compiles again for pointers that are not."""
+    return -(-count // 4) * 4
 
 
 @functools.cache

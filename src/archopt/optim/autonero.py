@@ -15,6 +15,7 @@ from archopt.optim.autonero_fused import Prepared, fused_steps, unserved
 from archopt.optim.autonero_rule import (
     GROWN_NORM,
     THETA_RANGE,
+    YOUNG_NORM,
     Feedback,
     Rows,
     feedback_update,
@@ -309,8 +310,9 @@ class AutoNero(ArchOptimizer):
             elif first_radius(group) == "grow":
                 grows_to = torch.where(norm < grown, grown, 0.0)
             else:
-                grown = torch.where((norm > 0).any(), median_of_positive(norm), grown)
-                grows_to = torch.where(norm > 0, 0.0, grown)
+                old = torch.where(norm < YOUNG_NORM, 0.0, norm)
+                grown = torch.where((old > 0).any(), median_of_positive(old), grown)
+                grows_to = torch.where(old > 0, 0.0, grown)
             return {**state, "exp_avg_sq": torch.zeros_like(norm), "radius": norm, "grows_to": grows_to}
         none = zeros.new_empty(0)
         return {**state, "exp_avg_sq": zeros.clone(), "radius": none, "grows_to": none.clone()}

@@ -93,11 +93,11 @@ class FusedStep:
         f, theta, live = (scalar.to(self.device, torch.float64) for scalar in (f, theta, live))
         angles = [theta * rate(group) for group in self.groups]
         scalars = torch.stack([torch.stack([f, theta, angle, live]) for angle in angles])
-        expected = [self._passes.average(scalars, reaches)]
+        self._passes.average(scalars, reaches)
         for first, moments in self._joined:
             directions = self._directions(moments, self.groups[self.tensors[first].group])
-            expected.append(self._passes.turn(first, len(moments), directions, scalars))
-        return torch.stack(expected).sum()
+            self._passes.turn(first, len(moments), directions, scalars)
+        return self._passes.expected()
 
     def _batches(self) -> Iterator[tuple[int, list[Tensor]]]:
         """Hidden tensors that are joined: the position of the first, and the m of all, which follow one another."""
