@@ -188,6 +188,26 @@ def test_the_original_is_fetched_from_its_archive_and_read_in_order(
         load_cifar10(folder, train=31)
 
 
+def test_the_downloaded_archive_is_imported(small_original: dict[str, bytes], tmp_path: Path) -> None:
+    (source := tmp_path / "downloads").mkdir()
+    archive = source / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in small_original.items():
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    folder = DataFolder(tmp_path / "data")
+    copies = import_folder(source, folder)  # finds out what it is
+    assert [copy.name for copy in copies] == list(small_original)
+    assert load_cifar10(folder, train=15, test=2).train_labels.tolist() == (LABELS * 3)[:15]
+
+    other = DataFolder(tmp_path / "other")
+    archive.write_bytes(archive.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"cifar-10-python.tar.gz is truncated, damaged or no tar archive"):
+        import_folder(source, other, ["cifar10"])
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_folder_without_cifar10_is_one_line_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"cifar10: data_batch_1 is not in .*`archopt data fetch cifar10"

@@ -1,5 +1,6 @@
 """cifar10-gan: the networks and their sizes, the loss and the step, distances, pictures, every optimiser."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from archopt.lab.models.gan import (
     Generator,
     SelfAttention,
     UpBlock,
+    renew_iterates,
     spectral,
 )
 from archopt.lab.muon import MuonWithAdamW
@@ -39,6 +41,32 @@ from real_data import real_data, real_data_path
 def paper() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     return CIFAR10GAN().build()
+
+
+@pytest.mark.slow
+def test_the_discriminator_compiles() -> None:
+    """Two passes and one backward pass, between which torch's power iteration changes its vectors in place."""
+    torch.manual_seed(0)
+    gradients = []
+    plain = Discriminator(8, 10)
+    for model in (copy.deepcopy(plain), plain):
+        if model is plain:
+            model.compile()
+        x, y = torch.ones(4, 3, 16, 16), torch.arange(4)
+        first = model(x, y)
+        renew_iterates(model)
+        (first - model(-x, y)).mean().backward()
+        gradients.append([param.grad for param in model.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_half_of_cifar10_is_told() -> None:
+    workload = CIFAR10GAN()
+    workload.train_inputs, workload.test_inputs = torch.empty(25_000, 0), torch.empty(5_000, 0)
+    assert workload.data_note == "half of CIFAR-10: 25,000 + 5,000 images"
+    workload.train_images, workload.test_images = 10_000, 2_000
+    assert workload.data_note == ""
 
 
 def weights(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,6 +1,7 @@
 """Reproductions of papers: what each trains and in what order, sharing runs, going on, and the page."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from archopt.lab.calls import parse_call
 from archopt.lab.cli import BAD_INPUT, DONE, main
 from archopt.lab.comparisons import COMPARISONS, FirstEpoch, NamedComparison, Reading
 from archopt.lab.experiment import make_workload, workload_class
+from archopt.lab.fid import INCEPTION_FILE
 from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.report.reproduction import load_reproduction, remarks
 from archopt.lab.report.text import mean_and_sd
@@ -251,6 +253,17 @@ def test_every_part_has_a_plan(part: Part, preset: str) -> None:
     grids = [choice for choice in map(parse_optimizer, plan.optimizers) if len(choice.own_lrs) > 1]
     own = any("[" in text for text in (preset != "paper" and part.reduced) or part.comparison.optimizers)
     assert bool(grids) == (own or bool(plan.tuning_seeds))
+
+
+@pytest.mark.parametrize("preset", ["paper", "small"])
+def test_the_gan_is_measured_as_published_where_the_weights_are(preset: str, tmp_path: Path) -> None:
+    (part,) = [part for part in NERO.parts if part.name == "gan"]
+    request = replace(asked(preset), data=tmp_path)
+    assert [choice.options for choice in part_plan(request, part).workloads] == [{}]
+    (weights := tmp_path / INCEPTION_FILE).parent.mkdir()
+    weights.touch()
+    options = {"features": "inception"} if preset == "paper" else {}
+    assert [choice.options for choice in part_plan(request, part).workloads] == [options]
 
 
 def test_the_record_tells_what_differs(toy_paper: Reproduction, tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def eight_bits(images: Tensor, stretch: bool) -> Tensor:
 
 def described(network: nn.Module, pictures: Tensor) -> Tensor:
     """Features of uint8 pictures: (n, features), float64, on the CPU."""
-    with torch.no_grad():
+    # Of real and of generated pictures alike, whatever the run has.
+    with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
         return torch.cat([network(part).double().cpu() for part in torch.split(pictures, ROWS)])
 
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from archopt.lab.calls import parse_call
 from archopt.lab.comparisons import COMPARISONS, PAPER, NamedComparison, at_rates
-from archopt.lab.data import DataError
+from archopt.lab.data import DataError, default_data_folder
 from archopt.lab.errors import LabError, RecordError
 from archopt.lab.experiment import WorkloadChoice, make_workload, workload_class
+from archopt.lab.fid import INCEPTION_FILE
 from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.plan import Plan, RunSpec, plan_runs
 from archopt.lab.record import FORMAT, explained, identity, read_json, stored_result, write_json
@@ -41,6 +42,8 @@ class Part:
     reduced: tuple[str, ...] | None = None
     """The optimisers in presets other than `paper`, where they are fewer or have other rates."""
     reduced_seeds: tuple[int, ...] | None = None
+    with_file: tuple[str, Mapping[str, Any]] | None = None
+    """A file below the data folder, and options that preset `paper` gives its workloads where that file is."""
 
     @property
     def name(self) -> str:
@@ -65,6 +68,9 @@ MIXED_GAN = NamedComparison(
     lrs=(),
     tuning_seeds=None,
 )
+
+FID = INCEPTION_FILE, {"features": "inception"}
+"""What the paper measures; without the weights a classifier's distance stands in, under its own name."""
 
 REPRODUCTIONS = {
     known.name: known
@@ -93,8 +99,8 @@ REPRODUCTIONS = {
                     reduced=("nero(lr=[0.001,0.01])", "sgd", "adam(lr=[0.0001,0.001])", "lamb"),
                 ),
                 Part(COMPARISONS["imagenet"]),
-                Part(COMPARISONS["gan"]),
-                Part(MIXED_GAN, beside=("autonero",)),
+                Part(COMPARISONS["gan"], with_file=FID),
+                Part(MIXED_GAN, beside=("autonero",), with_file=FID),
                 Part(COMPARISONS["pong"], beside=("autonero",), reduced=("nero", "adam"), reduced_seeds=(0,)),
                 Part(COMPARISONS["ablation"], beside=(), over_rates=True),
                 Part(COMPARISONS["granularity"], beside=(), over_rates=True),
@@ -158,8 +164,9 @@ def part_plan(request: Request, part: Part) -> Plan:
     every_rate = part.over_rates or not reduced
     tuning = [seed for seed in named.tuning_seeds or () if seed in seeds] or seeds[:1]
     calls = [parse_call(text) for text in named.trained(request.preset).values()]
+    more = {} if reduced or _lacks_file(request, part) or part.with_file is None else part.with_file[1]
     return Plan(
-        workloads=[WorkloadChoice(call.name, request.preset, call.options) for call in calls],
+        workloads=[WorkloadChoice(call.name, request.preset, {**call.options, **more}) for call in calls],
         optimizers=[at_rates(text, named.lrs) if every_rate else text for text in optimizers],
         lrs="published",
         seeds=seeds,
@@ -170,6 +177,11 @@ def part_plan(request: Request, part: Part) -> Plan:
         jobs=request.jobs,
         command=f"{request.command} --parts {part.name}" if not request.parts else request.command,
     )
+
+
+def _lacks_file(request: Request, part: Part) -> bool:
+    folder = default_data_folder(request.data).path
+    return part.with_file is not None and (folder is None or not (folder / part.with_file[0]).is_file())
 
 
 def reproduce(request: Request, follower: Follower, said: Callable[[str], None]) -> Outcome:
@@ -184,6 +196,8 @@ def reproduce(request: Request, follower: Follower, said: Callable[[str], None])
     planned, refused = [], {}
     for part in wanted:
         plan = part_plan(request, part)
+        if part.with_file is not None and request.preset == PAPER and _lacks_file(request, part):
+            said(f"{part.name} is not measured as published: {part.with_file[0]} is not in the data folder")
         try:
             planned.append(_Planned(part, plan, plan_runs(plan)))
         except RecordError:

@@ -57,7 +57,9 @@ BEGUN = 0.01  # an angle from which on theta follows the feedback; smaller ones 
 RHO_RANGE = (-2.0, 2.0)
 LEAST_FEATURES = 2.0  # norm below which a head's features are taken to be asleep, not small
 FAN_IN = (-1,)  # the dimension of `Rows` that a row sums over
-GROWN_NORM = 3**-0.5  # norm of a row as torch.nn.Linear initialises it; where rows that start at nothing grow up
+GROWN_NORM = (
+    3**-0.5
+)  # norm of a row as torch.nn.Linear initialises it; where rows that start at nothing grow up
 YOUNG_NORM = 1e-3 * GROWN_NORM  # a row that starts shorter, as at zero, has no size that anybody meant
 
 
@@ -167,9 +169,9 @@ def rows_update(
 ) -> tuple[Rows, Tensor]:
     """One step of the rows of a matrix: returns the new rows and sum <gh, d>.
 
-    A row keeps its bits where lr, its direction or s is zero. A *young* row, which had next to no norm at the start, takes
-    plain steps -theta u, with R = 1 in u (sqrt(fan_in) in an embedding), and R follows its norm until that reaches
-    `grows_to`. exponent: of the radius, 1 in the equation above. bias_sq: where rows are those of a head that takes
+    A row keeps its bits where lr, its direction or s is zero. A *young* row, which had next to no norm at
+    the start, takes plain steps -theta u, with R = 1 in u (sqrt(fan_in) in an embedding), and R follows its norm until
+    that reaches `grows_to`. exponent: of the radius, 1 in the equation above. bias_sq: where rows are those of a head that takes
     plain steps, ||s of the bias||^2, one a tensor, 0 without a bias; gain: its K.
     """
     w, m, v, _, R, grows_to = past

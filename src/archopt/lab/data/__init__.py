@@ -1,6 +1,6 @@
 """The laboratory's data: where the sets lie, how they are checked on reading, and how to get them."""
 
-from archopt.lab.data.cifar10 import load_cifar10, load_cifar100
+from archopt.lab.data.cifar10 import half_note, load_cifar10, load_cifar100
 from archopt.lab.data.digits import load_digits
 from archopt.lab.data.folder import DataError, DataFolder, default_data_folder
 from archopt.lab.data.idx import read_idx
@@ -20,6 +20,7 @@ __all__ = [
     "SetInfo",
     "default_data_folder",
     "fetch",
+    "half_note",
     "import_folder",
     "list_sets",
     "load_cifar10",

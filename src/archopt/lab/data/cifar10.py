@@ -27,6 +27,14 @@ def load_cifar10(data: DataFolder, train: int | None = None, test: int | None = 
     return read(data, *counts)
 
 
+def half_note(there: tuple[int, int], train: int | None, test: int | None) -> str:
+    """What to say where there are fewer images than asked for, all of CIFAR-10 where None; else nothing."""
+    asked = train or 5 * BATCH, test or BATCH
+    if all(have >= want for have, want in zip(there, asked)):
+        return ""
+    return f"half of CIFAR-10: {there[0]:,} + {there[1]:,} images"
+
+
 def load_cifar100(data: DataFolder) -> Images:
     """All of CIFAR-100 in the original order, as `load_cifar10`; labels are the classes, 0 to 99.
 

@@ -10,6 +10,7 @@ import os
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -64,20 +65,27 @@ def _fetch_file(
 def _fetch_archive(
     known: DataSet, archive: str, root: Path, progress: Progress | None, mirrors: Sequence[str]
 ) -> list[Path]:
-    def accept(content: bytes) -> list[bytes]:
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+    contents = _from_mirrors(archive, mirrors, progress, lambda sent: _unpacked(known, sent, "what it sent"))
+    return [write_atomic(_home(known, root) / file.name, c) for file, c in zip(known.files, contents)]
+
+
+def _unpacked(known: DataSet, archive: bytes, where: str) -> list[bytes]:
+    """A set's files, each checked, from the archive that mirrors serve."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             members = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
             found = []
             for file in known.files:
                 stream = tar.extractfile(members[file.name]) if file.name in members else None
                 if stream is None:
-                    raise DataError(f"what it sent has no {file.name}")
+                    raise DataError(f"{where} has no {file.name}")
                 found.append(stream.read())
-                file.check(found[-1], f"{file.name} in what it sent")
-        return found
-
-    contents = _from_mirrors(archive, mirrors, progress, accept)
-    return [write_atomic(_home(known, root) / file.name, c) for file, c in zip(known.files, contents)]
+                file.check(found[-1], f"{file.name} in {where}")
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{where} is truncated, damaged or no tar archive: {' '.join(str(error).split())}"
+        ) from error
+    return found
 
 
 def _from_mirrors(
@@ -170,11 +178,31 @@ def import_folder(
 
 
 def _sets_in(source: Path) -> list[DataSet]:
-    return [known for known in SETS.values() if any(known.find(source, file) for file in known.files)]
+    return [
+        known
+        for known in SETS.values()
+        if _archive_in(known, source) or any(known.find(source, file) for file in known.files)
+    ]
+
+
+def _archive_in(known: DataSet, source: Path) -> Path | None:
+    """The archive that mirrors serve, as somebody downloaded it."""
+    places = [source / place / known.archive for place in ("", *known.folders) if known.archive]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _import_set(known: DataSet, source: Path, root: Path, progress: Progress | None) -> list[Path]:
     contents: dict[Path, bytes] = {}
+    archive = _archive_in(known, source)
+    if archive is not None and not known.complete(source):
+        try:
+            packed = archive.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {archive}: {error.strerror}") from error
+        unpacked = _unpacked(known, packed, str(archive))
+        if progress is not None:
+            progress(archive.name, len(packed), len(packed))
+        return [write_atomic(_home(known, root) / file.name, c) for file, c in zip(known.files, unpacked)]
     for file in known.files:
         found = known.find(source, file)
         if found is None:

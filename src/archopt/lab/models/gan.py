@@ -31,6 +31,17 @@ def spectral(layer: Layer) -> Layer:
     return layer
 
 
+def renew_iterates(model: nn.Module) -> None:
+    """Puts copies in the place of the vectors that power iterations change in place.
+
+    Between two forward passes and their common backward pass: a compiled one may have kept the vectors themselves.
+    """
+    for module in model.modules():
+        for name in ("_u", "_v"):
+            if isinstance(vector := getattr(module, name, None), Tensor):
+                setattr(module, name, vector.clone())
+
+
 def conv(channels: int, filters: int, size: int) -> nn.Conv2d:
     """A convolution that keeps height and width, with spectral normalisation."""
     return spectral(nn.Conv2d(channels, filters, size, padding=size // 2))

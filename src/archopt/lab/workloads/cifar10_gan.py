@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archopt.lab import seeds
-from archopt.lab.data import DataFolder, load_cifar10
+from archopt.lab.data import DataFolder, half_note, load_cifar10
 from archopt.lab.fid import (
     ROWS,
     described,
@@ -45,7 +45,7 @@ from archopt.lab.fid import (
     mirrored,
     trained_classifier,
 )
-from archopt.lab.models.gan import Discriminator, Generator
+from archopt.lab.models.gan import Discriminator, Generator, renew_iterates
 from archopt.lab.optimizers import parse_optimizer
 from archopt.lab.workload import Metric, Training
 from archopt.lab.workloads.supervised import Supervised, check_positive, labels
@@ -186,6 +186,11 @@ class CIFAR10GAN(Supervised):
             pictures = eight_bits(scaled(self.train_inputs), self.stretch)
             self._network = trained_classifier(pictures, self.train_targets, self.classifier_steps)
 
+    @property
+    def data_note(self) -> str:
+        there = len(self.train_inputs), len(self.test_inputs)
+        return half_note(there, self.train_images, self.test_images)
+
     def to(self, device: torch.device) -> None:
         super().to(device)
         self._network.to(device)
@@ -244,11 +249,13 @@ class CIFAR10GAN(Supervised):
         with torch.no_grad():
             fake = generator(self.latents(targets), targets)
         # Two calls, and so two power iterations, as published.
-        of_fake, of_real = discriminator(fake, targets), discriminator(pictures, targets)
+        of_fake = discriminator(fake, targets).float()
+        renew_iterates(discriminator)
+        of_real = discriminator(pictures, targets).float()
         loss = discriminator_loss(of_real, of_fake)
         training.update("discriminator", loss)
         with frozen(discriminator):
-            score = discriminator(generator(self.latents(targets), targets), targets).mean()
+            score = discriminator(generator(self.latents(targets), targets), targets).float().mean()
         training.update("generator", -score)
         told = {"loss": loss, "generator_loss": -score, "real": of_real.mean(), "fake": of_fake.mean()}
         return {name: value.detach() for name, value in told.items()}

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from archopt.lab import seeds
-from archopt.lab.data import DataFolder, load_cifar10
+from archopt.lab.data import DataFolder, half_note, load_cifar10
 from archopt.lab.pictures import CIFAR10_MEAN, cropped_and_mirrored, normalized
 from archopt.lab.workload import Metric
 from archopt.lab.workloads.supervised import Supervised, by_rows, check_positive, labels, score
 
 STD = (0.2023, 0.1994, 0.2010)  # the paper's; means over images, not those of all pixels
 DEGREES = 15.0
-TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000
+TRAIN_IMAGES = 50_000
 MILESTONES = (0.5, 0.75, 0.9)  # of `epochs` + 1: epochs 100, 150 and 180 of the 199
 FALL = 0.2
 
@@ -76,10 +76,7 @@ class CIFAR10Paper(Supervised):
     @property
     def data_note(self) -> str:
         there = len(self.train_inputs), len(self.test_inputs)
-        asked = self.train_images or TRAIN_IMAGES, self.test_images or TEST_IMAGES
-        if all(have >= want for have, want in zip(there, asked)):
-            return ""
-        return f"half of CIFAR-10: {there[0]:,} + {there[1]:,} images"
+        return half_note(there, self.train_images, self.test_images)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -106,6 +106,10 @@ class ImageNetResNet50(Supervised):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "side", "size", "width", "replicas")
+        if self.replicas * 2 > self.batch_size:
+            raise ValueError(
+                f"replicas={self.replicas} of a batch of {self.batch_size}: BatchNorm needs two pictures in each"
+            )
         for name in ("images", "epoch_images"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
