@@ -169,10 +169,10 @@ def rows_update(
 ) -> tuple[Rows, Tensor]:
     """One step of the rows of a matrix: returns the new rows and sum <gh, d>.
 
-    A row keeps its bits where lr, its direction or s is zero. A *young* row, which had next to no norm at
-    the start, takes plain steps -theta u, with R = 1 in u (sqrt(fan_in) in an embedding), and R follows its norm until
-    that reaches `grows_to`. exponent: of the radius, 1 in the equation above. bias_sq: where rows are those of a head that takes
-    plain steps, ||s of the bias||^2, one a tensor, 0 without a bias; gain: its K.
+    A row keeps its bits where lr, its direction or s is zero. A *young* row, which had next to no norm at the
+    start, takes plain steps -theta u, with R = 1 in u (sqrt(fan_in) in an embedding), and R follows its norm until
+    that reaches `grows_to`. exponent: of the radius, 1 in the equation above. bias_sq: where rows are those of a
+    head that takes plain steps, ||s of the bias||^2, one a tensor, 0 without a bias; gain: its K.
     """
     w, m, v, _, R, grows_to = past
     m = m.lerp(grad, 1 - beta)
