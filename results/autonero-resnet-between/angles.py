@@ -1,6 +1,6 @@
 """By which angle the steps of Muon + AdamW turn the filters' rows, and how long these are; written to angles.md.
 
-    archopt train cifar10-resnet-small --lr-schedule constant --optimizer ./angles.py:Angles --out /tmp/angles
+archopt train cifar10-resnet-small --lr-schedule constant --optimizer ./angles.py:Angles --out /tmp/angles
 """
 
 from pathlib import Path
@@ -17,7 +17,9 @@ class Angles(Between):
         super().step(closure)
         t = next(iter(self.state.values()))["t"]
         if t == STEPS[0]:
-            Path("angles.md").write_text("| step | mean angle, radians | mean norm |\n| ---: | ---: | ---: |\n")
+            Path("angles.md").write_text(
+                "| step | mean angle, radians | mean norm |\n| ---: | ---: | ---: |\n"
+            )
         if t in STEPS:
             angle, norm = (float(torch.cat(told).mean()) for told in (self.angles, self.norms))
             with Path("angles.md").open("a") as table:
