@@ -19,9 +19,8 @@ class Driver:
     def __init__(self):
         self.launches = []
         tells_threads = "n_max_threads" in inspect.getsource(triton.compiler.CompiledKernel)
-        loaded = (
-            (32, 0, 1024) if tells_threads else (32, 0)
-        )  # registers, spills; threads from Triton 3.4 or so on
+        # Registers, spills, and from some version on threads.
+        loaded = (32, 0, 1024) if tells_threads else (32, 0)
         properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
         self.utils = SimpleNamespace(
             load_binary=lambda name, *_: (name, name, *loaded),

@@ -15,9 +15,7 @@ from real_data import real_data
 
 LIMIT = 0.05
 LIMIT_OF_PICTURES = 0.10
-# AGD's, whose network is tiny: 9.4 to 9.7 % on a quiet core (docs/laboratory.md), up to 14 % beside other tests.
-# This guards against a loop that does much more.
-LIMIT_OF_THE_PROGRAM = 0.2
+LIMIT_OF_THE_PROGRAM = 0.13  # AGD's, whose network is tiny: 9.4 to 9.7 % on a quiet core (docs/laboratory.md)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,7 @@ def test_changing_pictures_takes_less_than_ten_percent_of_a_step(tmp_path: Path)
 
 
 @pytest.mark.data
-def test_agds_program_takes_a_small_part_of_its_steps_for_itself(tmp_path: Path):
+def test_agds_program_takes_about_a_tenth_of_its_steps_for_itself(tmp_path: Path):
     options = {"train_images": 5120, "test_images": 100, "epochs": 1}
     choice = WorkloadChoice("classify", "small", options)
     experiment = open_experiment(choice, real_data("cifar10-half").path, torch.device("cpu"))

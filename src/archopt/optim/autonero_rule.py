@@ -57,9 +57,7 @@ BEGUN = 0.01  # an angle from which on theta follows the feedback; smaller ones 
 RHO_RANGE = (-2.0, 2.0)
 LEAST_FEATURES = 2.0  # norm below which a head's features are taken to be asleep, not small
 FAN_IN = (-1,)  # the dimension of `Rows` that a row sums over
-GROWN_NORM = (
-    3**-0.5
-)  # norm of a row as torch.nn.Linear initialises it; where rows that start at nothing grow up
+GROWN_NORM = 3**-0.5  # norm of a row as torch.nn.Linear initialises it, to which young rows grow up
 YOUNG_NORM = 1e-3 * GROWN_NORM  # a row that starts shorter, as at zero, has no size that anybody meant
 
 
