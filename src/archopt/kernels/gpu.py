@@ -163,6 +163,12 @@ class Plans:
 VECTOR = 16  # bytes
 
 
+def padded(count: int, dtype: torch.dtype) -> int:
+    """So many entries, and what follows them is still aligned: Triton compiles again for pointers that are not."""
+    per = VECTOR // dtype.itemsize
+    return -(-count // per) * per
+
+
 def is_aligned(weight: Tensor, grad: Tensor, run: int) -> bool:
     """Whether all runs of so many entries begin at multiples of VECTOR bytes."""
     return (weight.data_ptr() | grad.data_ptr() | run * weight.element_size()) % VECTOR == 0

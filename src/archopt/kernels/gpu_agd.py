@@ -33,7 +33,7 @@ class Work(NamedTuple):
     pieces: tuple[int, ...]  # of each tensor: units that share a part
     first_parts: tuple[int, ...]
     first_slots: tuple[int, ...]
-    parts: int  # of all tensors, rounded up as `_even` says
+    parts: int  # of all tensors, rounded up as `gpu.padded` says
     slots: int
 
 
@@ -155,14 +155,9 @@ def _work(kinds: Sequence[tuple[int, Layout]], device: torch.device, plans: gpu.
         pieces,
         first_parts[:-1],
         first_slots[:-1],
-        _even(first_parts[-1]),
-        _even(first_slots[-1]),
+        gpu.padded(first_parts[-1], torch.float64),
+        gpu.padded(first_slots[-1], torch.float64),
     )
-
-
-def _even(count: int) -> int:
-    """So many float64, and what follows them is still aligned: Triton compiles again for pointers that are not."""
-    return count + count % 2
 
 
 def _numbered(number: int, lines: Tensor) -> Tensor:

@@ -109,9 +109,9 @@ class GpuPasses:
         self._paces = self._empty(count, PACE)
         averaged = made.work.of_averages.size(0)
         self._parts = torch.zeros(
-            _aligned_count(averaged) + made.work.turned, dtype=torch.float32, device=self._device
+            gpu.padded(averaged, torch.float32) + made.work.turned, dtype=torch.float32, device=self._device
         )
-        self._written = _aligned_count(averaged)
+        self._written = gpu.padded(averaged, torch.float32)
         with gpu.on(self._device):
             self._of_paces.launch(count, made.table, made.options, scalars, self._paces)
             for call in made.work.averages:
@@ -128,7 +128,7 @@ class GpuPasses:
         shape = made.shapes[first]._replace(aligned=0 if directions.data_ptr() % gpu.VECTOR else aligned)
         units = -(-tensor.rows // shape.rows)
         parts = self._parts[self._written :]
-        self._written += _aligned_count(count * units)
+        self._written += gpu.padded(count * units, torch.float32)
         with gpu.on(self._device):
             turn = _kernel("turn", self._device, self._types[first], shape)
             turn.launch(count * units, made.table, self._paces, directions, parts, first, units)
@@ -191,14 +191,13 @@ class GpuPasses:
         averages, of_averages, _ = _units(averaged)
         there = [self._plans.upload_lines(units, self._device) for units in (of_measures, of_averages)]
         counts = [parts.numel() for _, _, _, parts in measured]
-        turned = [_aligned_count(starts.numel()) for _, shape, _, starts in averaged if shape.kind == HIDDEN]
+        turned = [
+            gpu.padded(starts.numel(), torch.float32)
+            for _, shape, _, starts in averaged
+            if shape.kind == HIDDEN
+        ]
         parts = tuple(zip(firsts, counts, strict=True))
         return Work(measures, averages, there[0], there[1], parts, sum(turned))
-
-
-def _aligned_count(count: int) -> int:
-    """So many float32, and what follows them is still aligned: Triton compiles again for pointers that are not."""
-    return -(-count // 4) * 4
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The public data sets that the laboratory knows: their files, how to recognise them, where to get them."""
 
+import contextlib
 import io
 import lzma
 import shlex
@@ -37,17 +38,24 @@ def read_text(content: bytes, name: str = "the file") -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8)
 
 
-def member(archive: bytes, names: tuple[str, ...], where: str) -> bytes:
-    """The file of one of these names, in any folder, of a tar archive; DataError, beginning with `where`."""
+@contextlib.contextmanager
+def opened_tar(archive: bytes, where: str) -> Iterator[tarfile.TarFile]:
+    """The tar archive in these bytes; DataError, beginning with `where`, if it is none or damaged."""
     try:
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            for entry in tar:
-                if Path(entry.name).name in names and (stream := tar.extractfile(entry)) is not None:
-                    return stream.read()
+            yield tar
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
             f"{where} is truncated, damaged or no tar archive: {' '.join(str(error).split())}"
         ) from error
+
+
+def member(archive: bytes, names: tuple[str, ...], where: str) -> bytes:
+    """The file of one of these names, in any folder, of a tar archive; DataError, beginning with `where`."""
+    with opened_tar(archive, where) as tar:
+        for entry in tar:
+            if Path(entry.name).name in names and (stream := tar.extractfile(entry)) is not None:
+                return stream.read()
     raise DataError(f"{where} is the wrong archive: it has no {' and no '.join(names)}")
 
 

@@ -5,19 +5,17 @@ what was there before, and nothing half-written.
 """
 
 import http.client
-import io
 import os
 import tarfile
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from archopt._version import __version__
 from archopt.lab.data.folder import DataError, DataFolder
-from archopt.lab.data.sets import SETS, DataFile, DataSet, data_set, missing_folder
+from archopt.lab.data.sets import SETS, DataFile, DataSet, data_set, missing_folder, opened_tar
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a file's name, the bytes done so far, and its size where that is known."""
@@ -71,20 +69,15 @@ def _fetch_archive(
 
 def _unpacked(known: DataSet, archive: bytes, where: str) -> list[bytes]:
     """A set's files, each checked, from the archive that mirrors serve."""
-    try:
-        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            members = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
-            found = []
-            for file in known.files:
-                stream = tar.extractfile(members[file.name]) if file.name in members else None
-                if stream is None:
-                    raise DataError(f"{where} has no {file.name}")
-                found.append(stream.read())
-                file.check(found[-1], f"{file.name} in {where}")
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(
-            f"{where} is truncated, damaged or no tar archive: {' '.join(str(error).split())}"
-        ) from error
+    found = []
+    with opened_tar(archive, where) as tar:
+        members = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
+        for file in known.files:
+            stream = tar.extractfile(members[file.name]) if file.name in members else None
+            if stream is None:
+                raise DataError(f"{where} has no {file.name}")
+            found.append(stream.read())
+            file.check(found[-1], f"{file.name} in {where}")
     return found
 
 
