@@ -18,6 +18,7 @@ from archopt.lab.report.statistics import (
     spread,
     summarise,
 )
+from archopt.lab.report.table import across, at_their_best
 from report_records import ACCURACY, LOSS, Invented, write_comparison, write_json, write_run
 
 STEADY = Invented("steady", 0.1, 0.1, 1.0, 1.0)
@@ -376,3 +377,36 @@ def test_the_profile_tells_which_share_of_the_workloads_is_solved_within_a_ratio
     made = {profile.optimizer: profile for profile in profiles(summaries, reached, seconds=False)}
     assert (made["steady"].ratios, made["steady"].shares) == ((1.0,), (0.5,))
     assert (made["wild"].ratios, made["wild"].shares) == ((1.0, 3.0), (0.5, 1.0))
+
+
+# -- over several workloads --------------------------------------------------------------------------------------
+
+
+def test_over_workloads_each_rule_stands_at_the_best_of_its_settings(tmp_path: Path):
+    tuned = Invented("steady(beta=0.9)", 0.1, 0.1, 1.0, 1.0)
+    workloads = [("digits", ACCURACY, 1.0), ("words", LOSS, 1.0)]
+    root = write_comparison(
+        tmp_path, optimizers=(STEADY, tuned, WILD), lrs=(0.01, 0.1), seeds=(0, 1), workloads=workloads
+    )
+    record = json.loads((root / "comparison.json").read_text())
+    for entry in record["optimizers"]:
+        entry["name"] = entry["label"].split("(")[0]
+    write_json(root / "comparison.json", record)
+    end_with(root, "steady", 0.01, [0.5, 0.5])
+    end_with(root, "steady", 0.1, [0.7, 0.7])
+    end_with(root, "steady-beta-0.9-", 0.01, [0.8, 0.9])
+    end_with(root, "steady-beta-0.9-", 0.1, [0.99, None])
+    end_with(root, "wild", 0.01, [0.6, 0.8])
+    end_with(root, "wild", 0.1, [0.95, None])
+
+    made = at_their_best(summarise(load(root)))
+    assert [column.name for column in made.columns[1:]] == ["steady", "wild"]
+    label, steady, wild = made.rows[0]
+    assert label.text == "digits (small): test accuracy, %"
+    assert (steady.text, steady.best) == ("85.00 ± 5.00", True)
+    assert (wild.text, wild.best) == ("70.00 ± 10.00", False)
+    assert [table.title for table in across(summarise(load(root)))] == [
+        "each rule at its best",
+        "regret of the default",
+    ]
+    assert across(summarise(load(root))[:1]) == []

@@ -12,7 +12,7 @@ from archopt.lab.report.load import Comparison, Metric, Run
 from archopt.lab.report.panels import Figure
 from archopt.lab.report.statistics import Summary
 from archopt.lab.report.style import Style
-from archopt.lab.report.table import notes, overall, tables
+from archopt.lab.report.table import across, notes, tables
 
 
 def page(
@@ -26,7 +26,10 @@ def page(
     specs: list[dict[str, Any]] = []
     parts = [_header(comparison, summaries, styles)]
     if len(summaries) > 1:
-        body = [html.table(overall(summaries)), *(html.figure(figure, specs) for figure in figures[-1])]
+        body = [
+            *(html.table(table) for table in across(summaries)),
+            *(html.figure(figure, specs) for figure in figures[-1]),
+        ]
         parts.append(html.section("all", "All workloads", body))
     for index, (summary, group) in enumerate(zip(summaries, figures)):
         parts.append(

@@ -40,7 +40,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of entries, one an optimiser; the first entry of a row is its label."""
+    """Rows of entries, one an optimiser (or a workload); the first entry of a row is its label."""
 
     subject: str
     """What it is about: a workload, or all of them."""
@@ -173,6 +173,40 @@ def overall(summaries: Sequence[Summary]) -> Table:
         rows.append((Entry(label), *regrets, Entry(f"{reached} of {len(summaries)}", -reached)))
     rows.sort(key=lambda row: row[-1].order or 0.0)
     return Table("all workloads", "regret of the default", columns, with_best(rows))
+
+
+def at_their_best(summaries: Sequence[Summary]) -> Table:
+    """The best that each rule came to on every workload: of its settings, its rates, last weights and average."""
+    names = list(dict.fromkeys(row.optimizer.name for summary in summaries for row in summary.rows))
+    columns = (
+        Column("workload", "And what is measured at the end of training."),
+        *(
+            Column(
+                name,
+                "The best of its settings, rates, last weights and average: mean ± population sd over seeds.",
+            )
+            for name in names
+        ),
+    )
+    rows = []
+    for summary in summaries:
+        metric = summary.workload.metric
+        unit = "%" if metric.percent else metric.unit
+        label = f"{summary.workload.title}: {metric.name}{f', {unit}' if unit else ''}"
+        # Rows come best first, so the first one of a rule is its best.
+        best = {row.optimizer.name: row for row in reversed(summary.rows)}
+        cells = [
+            _final(best[name].best, _trouble(best[name].runs)) if name in best else Entry(text.NONE)
+            for name in names
+        ]
+        rows.append((Entry(label), *cells))
+    by_workload = with_best(tuple(zip(*rows)))
+    return Table("all workloads", "each rule at its best", columns, tuple(zip(*by_workload)))
+
+
+def across(summaries: Sequence[Summary]) -> list[Table]:
+    """The tables over several workloads; none of one alone."""
+    return [at_their_best(summaries), overall(summaries)] if len(summaries) > 1 else []
 
 
 def _best_rate(row: Row) -> str:
@@ -337,15 +371,14 @@ def show(comparison: Comparison, summaries: Sequence[Summary], console: Console)
         for note in notes(comparison, summary):
             console.print(Text(f"  {note}", style="dim"))
         console.print()
-    if len(summaries) > 1:
-        console.print(render(overall(summaries), wide=wide))
+    for table in across(summaries):
+        console.print(render(table, wide=wide))
 
 
 def markdown(comparison: Comparison, summaries: Sequence[Summary]) -> str:
     """All tables with their notes as Markdown."""
     parts = [f"`{comparison.command}`"] if comparison.command else []
-    if len(summaries) > 1:
-        parts.append(markdown_table(overall(summaries)))
+    parts += [markdown_table(table) for table in across(summaries)]
     for summary in summaries:
         parts += [markdown_table(table) for table in tables(summary)]
         parts.append("\n".join(f"- {escaped(note)}" for note in notes(comparison, summary)))
