@@ -1,6 +1,6 @@
 """How LAMB comes to diverge on the 100 layers of `small`: written to spectra.md while it trains.
 
-archopt train mnist-mlp100 --preset small --optimizer ./spectra.py:Lamb --lr 0.01 --seed 0 --out /tmp/spectra
+archopt train mnist-mlp100 --preset small --optimizer ./spectra.py:Lamb --lr 0.01 --seed 0 --out .
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Between Nero and LAMB with both constraints, on VGG-11: what makes LAMB the better of the two there.
 
-They differ in three things: how much has a step size of its own (a neuron or a layer), whether the gradient is divided
-entry by entry, and what the step is measured by (the running size of the gradient, or this very direction). Here
-each can be chosen. The command stands in the first line of table.md beside this file; it is run in this folder.
+They differ in three things: how much has a step size of its own (a neuron or a layer), whether the gradient is
+divided entry by entry, and what the step is measured by (the running size of the gradient, or this very direction).
+Here each can be chosen. The command stands in the first line of table.md beside this file.
 """
 
 import torch
@@ -34,7 +34,9 @@ class Between(torch.optim.Optimizer):
         state["t"] = t = state.get("t", 0) + 1
         own_rows = self.size == "neuron"
         dims = tuple(range(1, param.dim())) if own_rows else tuple(range(param.dim()))
-        if "scale" not in state:  # a bias of Nero's keeps the size that it begins with; LAMB takes it as it is
+        if (
+            "scale" not in state
+        ):  # a bias of Nero's keeps the size that it begins with; LAMB takes it as it is
             state["scale"] = 1.0 if param.dim() > 1 else param.abs().mean()
         direction = grad
         if self.divided:
