@@ -112,8 +112,11 @@ def test_names_of_users_cannot_break_out_of_the_page(folder: Path, page: Reader)
 def test_every_optimiser_has_a_line_in_every_table(folder: Path):
     document = (folder / "report.html").read_text()
     tables = re.findall(r"<table><thead>.*?</table>", document, flags=re.S)
-    assert len(tables) == 7  # one over all, three a workload
-    for table in tables:
+    assert len(tables) == 8  # two over all, three a workload
+    by_workload, *by_optimiser = tables
+    assert by_workload.count("<tr>") == 1 + 2
+    assert by_workload.count("<th ") == 1 + 4
+    for table in by_optimiser:
         assert table.count("<tr>") == 1 + 4
 
 
