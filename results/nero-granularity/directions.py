@@ -10,7 +10,7 @@ import torch
 from archopt.neurons import balance_
 
 BETA = 0.999
-EPS = 1e-8  # of LAMB
+EPS = 1e-8  # LAMB's own is 1e-6
 
 
 class Between(torch.optim.Optimizer):
@@ -34,9 +34,8 @@ class Between(torch.optim.Optimizer):
         state["t"] = t = state.get("t", 0) + 1
         own_rows = self.size == "neuron"
         dims = tuple(range(1, param.dim())) if own_rows else tuple(range(param.dim()))
-        if (
-            "scale" not in state
-        ):  # a bias of Nero's keeps the size that it begins with; LAMB takes it as it is
+        # A bias of Nero's keeps the size that it begins with; LAMB takes it as it is.
+        if "scale" not in state:
             state["scale"] = 1.0 if param.dim() > 1 else param.abs().mean()
         direction = grad
         if self.divided:

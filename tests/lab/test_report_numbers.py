@@ -399,14 +399,15 @@ def test_over_workloads_each_rule_stands_at_the_best_of_its_settings(tmp_path: P
     end_with(root, "wild", 0.01, [0.6, 0.8])
     end_with(root, "wild", 0.1, [0.95, None])
 
-    made = at_their_best(summarise(load(root)))
+    summaries = summarise(load(root))
+    made = at_their_best(summaries)
     assert [column.name for column in made.columns[1:]] == ["steady", "wild"]
     label, steady, wild = made.rows[0]
     assert label.text == "digits (small): test accuracy, %"
     assert (steady.text, steady.best) == ("85.00 ± 5.00", True)
     assert (wild.text, wild.best) == ("70.00 ± 10.00", False)
-    assert [table.title for table in across(summarise(load(root)))] == [
+    assert [table.title for table in across(summaries)] == [
         "each rule at its best",
         "regret of the default",
     ]
-    assert across(summarise(load(root))[:1]) == []
+    assert across(summaries[:1]) == []

@@ -25,9 +25,9 @@ def page(
     """The whole page. `figures` has each workload's pictures and, last, those over all; `program` draws them."""
     specs: list[dict[str, Any]] = []
     parts = [_header(comparison, summaries, styles)]
-    if len(summaries) > 1:
+    if over_all := across(summaries):
         body = [
-            *(html.table(table) for table in across(summaries)),
+            *(html.table(table) for table in over_all),
             *(html.figure(figure, specs) for figure in figures[-1]),
         ]
         parts.append(html.section("all", "All workloads", body))
