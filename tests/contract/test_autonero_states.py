@@ -159,9 +159,10 @@ def test_distributed_checkpoint_on_disk_resumes_bit_equal(tmp_path: Path) -> Non
     dcp.save(content, checkpoint_id=tmp_path, no_dist=True)
     twin = build(seed=1)
     other = AutoNero(twin)
+    first = float(other.theta)
     # The probe with zero gradients runs here, and must leave no trace in the feedback.
     read = {"model": twin.state_dict(), "optimizer": get_optimizer_state_dict(twin, other)}
-    assert float(other.theta) == pytest.approx(1e-3)
+    assert float(other.theta) == first
     assert int(other.feedback.steps) == 0
     dcp.load(read, checkpoint_id=tmp_path, no_dist=True)
     twin.load_state_dict(read["model"])

@@ -146,7 +146,7 @@ def test_reference_gives_the_worked_numbers() -> None:
         )
         for name, values in WORKED.items()
     }
-    reference = Reference(variables, theta0=0.01, derivation=True)
+    reference = Reference(variables, first=0.01, derivation=True)
     assert_numbers(variables["E"].values, START)
     for gradients, expected in zip(GRADIENTS, EXPECTED, strict=True):
         reference.step(
@@ -241,10 +241,10 @@ def rate(t: int) -> float:
 @pytest.mark.parametrize("form", [*FORMS[:2], pytest.param({}, id="default")])
 @pytest.mark.parametrize(
     ("theta", "derivation", "biased"),
-    [(0.05, False, True), (0.01, False, False), (1e-5, False, True), (0.05, True, True)],
+    [(0.05, False, True), (0.01, False, False), (1e-5, False, True), (None, False, True), (0.05, True, True)],
 )
 def test_sixty_steps_follow_the_reference(
-    form: dict[str, bool], theta: float, derivation: bool, biased: bool
+    form: dict[str, bool], theta: float | None, derivation: bool, biased: bool
 ) -> None:
     model = Zoo().double()
     if not biased:
@@ -260,7 +260,7 @@ def test_sixty_steps_follow_the_reference(
             )
             for name, param in model.named_parameters()
         },
-        theta0=theta,
+        first=theta,
         derivation=derivation,
     )
     options = {**(DERIVATION if derivation else {}), "initial_theta": theta}

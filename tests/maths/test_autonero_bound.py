@@ -16,7 +16,6 @@ OPTIONS = {
     "bound": 1.0,
     "bound_errors": 2.0,
     "limit": 2.0,
-    "initial_theta": 0.05,
 }
 
 
@@ -31,7 +30,7 @@ def promises(bound, steps=300, errors=2.0, mean=-0.03, growth=1.01):
         noise = torch.randn((), generator=generator, dtype=torch.float64)
         slope = size * (mean + 0.1 * noise + (0.5 if t < 30 else 0.0))
         state, _ = feedback_update(
-            state, zero + size, slope, torch.tensor(True), beta2=0.99, most=0.1, options=options
+            state, zero + size, slope, torch.tensor(True), beta2=0.99, begins=(0.05, 0.1), options=options
         )
         state = state._replace(G=zero + size)
         if t > 1:
@@ -80,7 +79,7 @@ def test_without_a_bound_growing_gradients_raise_what_is_promised():
     assert free > 5 * bounded
 
 
-def first_angles(depth, theta, steps=12):
+def first_angles(depth, theta=None, steps=12):
     """The angles of the first steps of a plain network with random gradients."""
     layers = [torch.nn.Linear(8, 8) for _ in range(depth)]
     model = torch.nn.Sequential(*layers)
@@ -97,8 +96,8 @@ def first_angles(depth, theta, steps=12):
 
 def test_a_small_first_angle_doubles_until_it_is_one_whatever_the_slopes_say():
     angles = first_angles(4, 1e-5)
-    assert angles[:10] == torch.tensor([1e-5 * 2**t for t in range(10)]).tolist()
-    assert 0.8 < angles[10] / angles[9] < 1.2  # the feedback from here on
+    assert angles[:11] == torch.tensor([*[1e-5 * 2**t for t in range(10)], 0.01]).tolist()
+    assert 0.8 < angles[11] / angles[10] < 1.2  # the feedback from here on
     assert 0.8 < first_angles(4, 0.01)[1] / 0.01 < 1.2
 
 
@@ -111,3 +110,16 @@ def test_the_first_angle_is_small_enough_for_the_number_of_matrices():
 def test_a_small_first_angle_does_not_double_beyond_what_the_matrices_bear():
     angles = first_angles(20, 1e-3)
     assert angles[:4] == pytest.approx([0.001, 0.002, 0.004, 1 / 160], rel=1e-6)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 20])
+def test_the_first_angle_is_a_hundredth_shared_by_the_matrices(depth):
+    """0.01/(8L), doubled until it is 0.01 or 1/(8L)."""
+    most = 1 / (8 * depth)
+    doublings = {1: 3, 4: 5, 20: 8}[depth]
+    expected = [min(0.01 * most * 2**t, 0.01, most) for t in range(doublings + 1)]
+    assert expected[-1] == min(0.01, most)
+    angles = first_angles(depth)
+    assert angles[: len(expected)] == pytest.approx(expected, rel=1e-6)
+    assert 0.8 < angles[len(expected)] / expected[-1] < 1.2  # the feedback from here on
+    assert angles[len(expected)] != angles[len(expected) - 1]

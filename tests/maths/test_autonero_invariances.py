@@ -150,15 +150,16 @@ def test_maximize_ascends_the_negative_loss() -> None:
 
 
 def test_packed_projections_equal_separate_ones() -> None:
-    """Slices of a packed weight move as weights of their own would."""
+    """Slices of a packed weight move as weights of their own would. (The default first angle counts tensors.)"""
     packed = nn.Sequential(nn.Linear(6, 12, bias=False), nn.Linear(12, 3)).double()
     split = nn.ModuleList([nn.Linear(6, 4, bias=False) for _ in range(3)] + [nn.Linear(12, 3)]).double()
     with torch.no_grad():
         for part, rows in zip(split, packed[0].weight.chunk(3), strict=False):
             part.weight.copy_(rows)  # type: ignore[operator]
         split[3].load_state_dict(packed[1].state_dict())
-    optimizer = AutoNero(packed, roles={r"0\.weight": {"kind": "matrix", "slices": 3}})
-    other = AutoNero(split)
+    roles = {r"0\.weight": {"kind": "matrix", "slices": 3}}
+    optimizer = AutoNero(packed, roles=roles, initial_theta=0.01)
+    other = AutoNero(split, initial_theta=0.01)
     for t in range(10):
         inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
         optimizer.zero_grad()

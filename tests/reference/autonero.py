@@ -16,7 +16,7 @@ Blocks = list[list[list[int]]]
 BETA, BETA2 = 0.9, 0.99
 LAMBDA, KAPPA = 0.95, 0.05
 TAU, T = 0.15, 100.0
-THETA0 = 1e-3
+THETA0 = 1e-2
 EXPONENT, K = 1.0, 8.0
 
 
@@ -90,14 +90,15 @@ class Reference:
     """
 
     def __init__(
-        self, variables: dict[str, Variable], theta0: float = THETA0, derivation: bool = False
+        self, variables: dict[str, Variable], first: float | None = None, derivation: bool = False
     ) -> None:
         self.variables, self.derivation = variables, derivation
         self.exponent = 0.5 if derivation else EXPONENT
         self.t = 0
         matrices = sum(variable.family in ("hidden", "head") for variable in variables.values())
         self.most = 1 / (8 * max(matrices, 1))
-        self.theta0, self.theta = theta0, min(theta0, self.most)
+        self.first = THETA0 * self.most if first is None else first
+        self.theta = min(self.first, self.most)
         self.rho, self.C, self.G, self.f = 0.0, 0.0, 0.0, 1.0
         self.c, self.e, self.q, self.B, self.D = 0.0, 0.0, 0.0, 0.0, 0.0
         self.skipped = 0
@@ -124,8 +125,8 @@ class Reference:
             self.e = LAMBDA * self.e + (1 - LAMBDA) * self.G
             self.rho = min(2.0, max(-2.0, self.c / self.e)) if self.e > 0 else 0.0
             exponent = KAPPA * (self.rho + TAU / math.sqrt(1 + self.t / T))
-            begins = self.theta0 * 2 ** (self.t - 1) < 0.01
-            self.theta = min(2 * self.theta, self.most) if begins else self.theta * math.exp(exponent)
+            begins = self.first * 2 ** (self.t - 2) < THETA0
+            self.theta = min(2 * self.theta, THETA0, self.most) if begins else self.theta * math.exp(exponent)
             heat = self.e / (1 - LAMBDA ** (self.t - 1)) * math.sqrt(self.t)
             error = math.sqrt(math.pi / 2) * self.D / (1 - LAMBDA ** (self.t - 1))
             error *= math.sqrt((1 - LAMBDA) / (1 + LAMBDA))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from archopt.neurons import as_rows, row_norm
 from archopt.optim.autonero_fused import Prepared, fused_steps, unserved
 from archopt.optim.autonero_rule import (
+    BEGUN,
     GROWN_NORM,
     THETA_RANGE,
     YOUNG_NORM,
@@ -79,7 +80,8 @@ class AutoNero(ArchOptimizer):
         bound, bound_errors: how far sqrt(t) theta e may stand above the most that slopes have asked for; a huge
             number is no bound. Slopes ask while c is above 0 by more than so many of its standard errors.
         initial_theta: the angle of the first step, in radians; at most 1/(8L) is taken, with L matrices (embeddings
-            not counted), since their turns multiply. One below 0.01 doubles at every step until it is at either.
+            not counted), since their turns multiply. None: 0.01/(8L), so that the first step changes what a trained
+            network computes by about 1 % at most. One below 0.01 doubles at every step until it is 0.01 or 1/(8L).
         limit: gradients longer than this many times their running size are shortened to it.
         radius: "own": rows of hidden matrices and heads keep their initial norms as first radii. "unit": they are
             scaled to norm 1 at construction, which very deep plain networks need.
@@ -120,8 +122,8 @@ class AutoNero(ArchOptimizer):
         >>> optimizer = archopt.AutoNero(model)
         >>> model(torch.ones(2, 8)).square().mean().backward()
         >>> optimizer.step()
-        >>> round(float(optimizer.theta), 6)  # doubles at the next three steps, and follows the gradients then
-        0.001
+        >>> round(float(optimizer.theta), 6)  # doubles at the next four steps, and follows the gradients then
+        0.000625
     """
 
     state_names = ("step", "exp_avg", "exp_avg_sq", "movement", "radius", "grows_to", "feedback")
@@ -150,7 +152,7 @@ class AutoNero(ArchOptimizer):
         target_steps: float = 100.0,
         bound: float = 1.0,
         bound_errors: float = 2.0,
-        initial_theta: float = 1e-3,
+        initial_theta: float | None = None,
         limit: float = 2.0,
         radius: str = "own",
         embedding_radius: str = "grow",
@@ -249,9 +251,8 @@ class AutoNero(ArchOptimizer):
             check_range("AutoNero", name, group[name], low=0.0, high=1.0)
         for name in ("target_steps", "bound", "limit", "channel_groups", "blocks"):
             check_range("AutoNero", name, group[name], low=1)
-        check_range(
-            "AutoNero", "initial_theta", group["initial_theta"], low=THETA_RANGE[0], high=THETA_RANGE[1]
-        )
+        if (theta := group["initial_theta"]) is not None:
+            check_range("AutoNero", "initial_theta", theta, low=THETA_RANGE[0], high=THETA_RANGE[1])
         check_choice("AutoNero", "radius", group["radius"], RADII)
         check_choice("AutoNero", "embedding_radius", group["embedding_radius"], EMBEDDING_RADII)
         check_choice("AutoNero", "head", group["head"], HEADS)
@@ -324,15 +325,20 @@ class AutoNero(ArchOptimizer):
         double = any(param.dtype == torch.float64 for param in trainable)
         dtype = torch.float64 if double else torch.float32
         feedback = torch.zeros(len(Feedback._fields), dtype=dtype, device=trainable[0].device)
-        first = min(float(self.param_groups[0]["initial_theta"]), self._most_at_first())
-        Feedback(*feedback.unbind()).theta.fill_(first)
+        first, most = self._first_angles()
+        Feedback(*feedback.unbind()).theta.fill_(min(first, most))
         return feedback
 
-    def _most_at_first(self) -> float:
-        """1/(8L) with L matrices, embeddings not counted: their turns multiply before the feedback can tell."""
+    def _first_angles(self) -> tuple[float, float]:
+        """The first angle as it is asked for, and the most it may be before the feedback can tell, 1/(8L).
+
+        The turns of L matrices multiply, and those of heads count eightfold; embeddings are not counted.
+        """
         matrices = [group for group in self.param_groups if group["family"] in ("hidden", "head")]
         depth: int = sum([p.requires_grad for group in matrices for p in group["params"]])
-        return 1 / (8 * max(depth, 1))
+        most = 1 / (8 * max(depth, 1))
+        asked = self.param_groups[0]["initial_theta"]
+        return (max(BEGUN * most, THETA_RANGE[0]) if asked is None else float(asked)), most
 
     def _held_feedback(self) -> Tensor | None:
         """The feedback that any parameter holds; all hold the same."""
@@ -384,9 +390,8 @@ class AutoNero(ArchOptimizer):
         product = torch.stack([product.to(home) for _, product in measures]).sum()
         moving = torch.stack([_is_not_zero(group["lr"], home) for group, _ in given]).any()
         past = Feedback(*held.unbind())
-        most = self._most_at_first()
         new, f = feedback_update(
-            past, norm, product, moving, beta2=shared["beta2"], most=most, options=shared
+            past, norm, product, moving, beta2=shared["beta2"], begins=self._first_angles(), options=shared
         )
         finite = torch.isfinite(norm) & torch.isfinite(product)
         live = finite & (norm > 0)

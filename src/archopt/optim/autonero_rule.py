@@ -9,7 +9,7 @@ For all tensors together, at step t = 1, 2, ... with gradients g:
     c      <- lambda c + (1 - lambda) C,   e <- lambda e + (1 - lambda) G
     rho    =  clip(c / e, -2, 2)                                     (0 where e <= 0)
     theta <-  theta exp(kappa (rho + tau / sqrt(1 + t/T)))           (from the second step)
-    theta  =  min(2 theta, 1/(8L))                                   (instead, while it begins)
+    theta  =  min(2 theta, 0.01, 1/(8L))                             (instead, while it begins)
     eh     =  sqrt(t) e / (1 - lambda^(t-1)),   B <- max(B, theta eh) where c > 2 sigma (and while it begins)
     theta <-  clip(min(theta, B/eh), 1e-6, 1)                        (bound)
     sigma  =  sqrt(pi/2 (1 - lambda)/(1 + lambda)) D / (1 - lambda^(t-1))   (the standard error of c)
@@ -30,8 +30,8 @@ h is how long the features are that a head reads, as gradients tell: the gradien
 the bias times the features, so h = ||s|| / ||s of the bias||, norms over the rows; sqrt(fan_in), features of RMS 1,
 where there is no bias. So a step changes an output by up to about K theta.
 
-theta is at first initial_theta, or 1/(8L) with L matrices where that is less. It begins as long as
-initial_theta 2^(t-1) < 0.01: then it doubles at each step, up to 1/(8L).
+theta_1, the first theta, is 0.01/(8L) with L matrices, so that the network turns by 0.01 at most (or initial_theta,
+at most 1/(8L)). It begins as long as theta_1 2^(t-2) < 0.01: then theta doubles at each step, up to 0.01 or 1/(8L).
 
 C is the fresh gradient along the movement made before it was computed, so c/e near 1 says that the slope has not
 changed (the step was far too short), 0 that the step was the best single one. theta e is the gain that recent steps
@@ -53,7 +53,7 @@ from archopt.optim.matrices import nonzero
 from archopt.optim.orthogonalise import orthogonalise
 
 THETA_RANGE = (1e-6, 1.0)
-BEGUN = 0.01  # an angle from which on theta follows the feedback; smaller ones double first
+BEGUN = 0.01  # theta_0: by how much the first step may turn the network; below this angle theta doubles first
 RHO_RANGE = (-2.0, 2.0)
 LEAST_FEATURES = 2.0  # norm below which a head's features are taken to be asleep, not small
 FAN_IN = (-1,)  # the dimension of `Rows` that a row sums over
@@ -91,14 +91,14 @@ def feedback_update(
     moving: Tensor,
     *,
     beta2: float,
-    most: float,
+    begins: tuple[float, float],
     options: Mapping[str, Any],
 ) -> tuple[Feedback, Tensor]:
     """The feedback of one step: returns what is remembered (G is last step's still) and the limiting factor f.
 
     norm: N. product: <g, d> of the gradients as they are. moving: whether any group has a learning rate other
-    than 0; theta and its averages stand still while none has. All 0-d. most: what theta may be while it begins,
-    1/(8L). The first step has no past: f = 1 and theta as it is.
+    than 0; theta and its averages stand still while none has. All 0-d. begins: the first theta, and what it may be
+    while it begins, 1/(8L). The first step has no past: f = 1 and theta as it is.
     """
     expected_norm = (past.size / bias_correction(beta2, past.steps)).sqrt()
     f = torch.where(past.size > 0, (options["limit"] * expected_norm / norm).clamp(max=1.0), 1.0)
@@ -110,12 +110,13 @@ def feedback_update(
     rho = torch.where(expected > 0, slope / expected, 0.0).clamp(*RHO_RANGE)
     target = options["target"] / (1 + t / options["target_steps"]).sqrt()
     theta = past.theta * torch.exp(options["feedback_gain"] * (rho + target))
-    begins = options["initial_theta"] * 2.0**past.steps < BEGUN
-    theta = torch.where(begins, (2 * past.theta).clamp(max=most), theta)
+    first, most = begins
+    doubles = first * 2.0 ** (past.steps - 1) < BEGUN
+    theta = torch.where(doubles, (2 * past.theta).clamp(max=min(most, BEGUN)), theta)
     heat = t.sqrt() * expected / bias_correction(decay, past.steps)
     # Of numbers with a mean distance D, if they are normal: sqrt(pi/2) D. Unlike squares it has the range of C.
     error = math.sqrt(math.pi / 2 * (1 - decay) / (1 + decay)) * spread / bias_correction(decay, past.steps)
-    asked = ((rho > 0) & (slope > options["bound_errors"] * error)) | begins | (past.bound == 0)
+    asked = ((rho > 0) & (slope > options["bound_errors"] * error)) | doubles | (past.bound == 0)
     bound = torch.where(asked, torch.maximum(past.bound, theta * heat), past.bound)
     allowed = torch.where(heat > 0, options["bound"] * bound / heat, theta)
     theta = torch.minimum(theta, allowed).clamp(*THETA_RANGE)
