@@ -15,8 +15,20 @@ from real_data import real_data
 
 LIMIT = 0.05
 LIMIT_OF_PICTURES = 0.10
-# AGD's, whose network is tiny: 9.4 to 9.7 % on a quiet core (docs/laboratory.md), 13.2 % beside another test.
-LIMIT_OF_THE_PROGRAM = 0.2
+LIMIT_OF_THE_PROGRAM = 0.13  # AGD's, whose network is tiny: 9.4 to 9.7 % on a quiet core (docs/laboratory.md)
+TRIES = 12
+
+
+def share_of_the_laboratory(folder: Path, experiment, limit, **rule):
+    """The least share of a step that runs of `rule` lose to the laboratory; one below `limit` is enough.
+
+    Another process may have taken the core, as tests beside this one do for seconds at a time.
+    """
+    shares = []
+    while (not shares or shares[-1] >= limit) and len(shares) < TRIES:
+        result = run(folder / str(len(shares)), experiment, **rule)
+        shares.append(result["overhead_share"])
+    return min(shares)
 
 
 @pytest.mark.parametrize(
@@ -29,12 +41,8 @@ LIMIT_OF_THE_PROGRAM = 0.2
 def test_the_laboratory_takes_less_than_five_percent_of_a_step(tmp_path: Path, name, preset, options):
     data = real_data("mnist").path if name.startswith("mnist") else None
     experiment = open_experiment(WorkloadChoice(name, preset, options), data, torch.device("cpu"))
-    shares = []
-    while (not shares or shares[-1] >= LIMIT) and len(shares) < 4:  # another process may have taken the core
-        # Plain SGD is the rule that leaves the laboratory the least to hide behind.
-        result = run(tmp_path / str(len(shares)), experiment, optimizer="sgd", lr=0.01)
-        shares.append(result["overhead_share"])
-    assert min(shares) < LIMIT
+    # Plain SGD is the rule that leaves the laboratory the least to hide behind.
+    assert share_of_the_laboratory(tmp_path, experiment, LIMIT, optimizer="sgd", lr=0.01) < LIMIT
 
 
 @pytest.mark.data
@@ -42,11 +50,8 @@ def test_changing_pictures_takes_less_than_ten_percent_of_a_step(tmp_path: Path)
     options = {"train_images": 1280, "test_images": 100, "epochs": 1, "warmup": 0}
     choice = WorkloadChoice("cifar10-vgg11", "small", options)
     experiment = open_experiment(choice, real_data("cifar10-half").path, torch.device("cpu"))
-    shares = []
-    while (not shares or shares[-1] >= LIMIT_OF_PICTURES) and len(shares) < 4:
-        result = run(tmp_path / str(len(shares)), experiment, optimizer="sgd", lr=0.01)
-        shares.append(result["overhead_share"])
-    assert min(shares) < LIMIT_OF_PICTURES
+    limit = LIMIT_OF_PICTURES
+    assert share_of_the_laboratory(tmp_path, experiment, limit, optimizer="sgd", lr=0.01) < limit
 
 
 @pytest.mark.data
@@ -54,11 +59,8 @@ def test_agds_program_takes_about_a_tenth_of_its_steps_for_itself(tmp_path: Path
     options = {"train_images": 5120, "test_images": 100, "epochs": 1}
     choice = WorkloadChoice("classify", "small", options)
     experiment = open_experiment(choice, real_data("cifar10-half").path, torch.device("cpu"))
-    shares = []
-    while (not shares or shares[-1] >= LIMIT_OF_THE_PROGRAM) and len(shares) < 4:
-        result = run(tmp_path / str(len(shares)), experiment, optimizer="agd-paper", lr=None)
-        shares.append(result["overhead_share"])
-    assert min(shares) < LIMIT_OF_THE_PROGRAM
+    limit = LIMIT_OF_THE_PROGRAM
+    assert share_of_the_laboratory(tmp_path, experiment, limit, optimizer="agd-paper", lr=None) < limit
 
 
 def test_no_moment_of_a_step_is_lost_or_counted_twice(monkeypatch):

@@ -23,7 +23,7 @@ def test_an_lstm_with_batches_of_two_learns(tmp_path):
 
 @pytest.mark.parametrize("model", ["mlp", "mlp-ln", "mlp16", "mlp16-ln", "cnn"])
 def test_the_first_step_on_trained_digits_changes_outputs_by_a_hundredth_at_most(model):
-    """theta_0 = 0.01, shared by the matrices: from 0.002 for the MLP to 0.005 for 16 layers with LayerNorm."""
+    """theta_0 = 0.01, shared by the matrices."""
     workload = open_experiment(
         WorkloadChoice("digits", "small", {"model": model}), None, torch.device("cpu")
     ).workload

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from archopt.neurons import as_rows, row_norm
 from archopt.optim.autonero_fused import Prepared, fused_steps, unserved
 from archopt.optim.autonero_rule import (
-    BEGUN,
     GROWN_NORM,
+    THETA_0,
     THETA_RANGE,
     YOUNG_NORM,
     Feedback,
@@ -338,7 +338,7 @@ class AutoNero(ArchOptimizer):
         depth: int = sum([p.requires_grad for group in matrices for p in group["params"]])
         most = 1 / (8 * max(depth, 1))
         asked = self.param_groups[0]["initial_theta"]
-        return (max(BEGUN * most, THETA_RANGE[0]) if asked is None else float(asked)), most
+        return (max(THETA_0 * most, THETA_RANGE[0]) if asked is None else float(asked)), most
 
     def _held_feedback(self) -> Tensor | None:
         """The feedback that any parameter holds; all hold the same."""

@@ -53,7 +53,7 @@ from archopt.optim.matrices import nonzero
 from archopt.optim.orthogonalise import orthogonalise
 
 THETA_RANGE = (1e-6, 1.0)
-BEGUN = 0.01  # theta_0: by how much the first step may turn the network; below this angle theta doubles first
+THETA_0 = 0.01  # by how much the first step may turn the network; below this angle theta doubles first
 RHO_RANGE = (-2.0, 2.0)
 LEAST_FEATURES = 2.0  # norm below which a head's features are taken to be asleep, not small
 FAN_IN = (-1,)  # the dimension of `Rows` that a row sums over
@@ -111,8 +111,8 @@ def feedback_update(
     target = options["target"] / (1 + t / options["target_steps"]).sqrt()
     theta = past.theta * torch.exp(options["feedback_gain"] * (rho + target))
     first, most = begins
-    doubles = first * 2.0 ** (past.steps - 1) < BEGUN
-    theta = torch.where(doubles, (2 * past.theta).clamp(max=min(most, BEGUN)), theta)
+    doubles = first * 2.0 ** (past.steps - 1) < THETA_0
+    theta = torch.where(doubles, (2 * past.theta).clamp(max=min(most, THETA_0)), theta)
     heat = t.sqrt() * expected / bias_correction(decay, past.steps)
     # Of numbers with a mean distance D, if they are normal: sqrt(pi/2) D. Unlike squares it has the range of C.
     error = math.sqrt(math.pi / 2 * (1 - decay) / (1 + decay)) * spread / bias_correction(decay, past.steps)
