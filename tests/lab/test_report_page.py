@@ -204,6 +204,21 @@ def test_tables_fit_the_terminal_and_lose_no_optimiser_and_no_mishap(
         assert part in words
 
 
+def test_a_table_over_many_workloads_is_printed_in_parts_whose_words_are_whole(tmp_path: Path):
+    """Sixteen columns in one table of 80 would be letters below one another."""
+    names = [f"{kind}-recognition" for kind in ("digits", "letters", "faces", "voices", "birds", "leaves")]
+    workloads = [(name, ACCURACY, 1.0) for name in names]
+    write_comparison(tmp_path, optimizers=(FREE,), seeds=(0,), workloads=workloads)
+    console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
+    print_table(tmp_path, console)
+    words = console.export_text()
+    assert max(map(len, words.splitlines())) <= 80
+    after = words[words.index("all workloads: regret of the default") :]
+    assert after.count("all workloads: regret of the default") > 1
+    for column in (*names, "targets"):
+        assert after.count(column) == 1
+
+
 def test_what_cannot_be_written_is_said_in_one_line(tmp_path: Path):
     write_comparison(tmp_path, optimizers=(FREE,), seeds=(0,))
     (tmp_path / "figures").write_text("in the way")

@@ -131,7 +131,7 @@ def over_rates(summary: Summary, styles: Styles) -> Figure | None:
     return Figure(
         name=f"{summary.workload.slug}-rates",
         subject=summary.workload.title,
-        title=f"final {metric.name}{_unit(metric)}, optimisers by learning rates",
+        title=f"final {metric.name}{metric.in_unit}, optimisers by learning rates",
         caption="Means over the seeds that finished; brighter is better; × where none did.",
         panels=(panel,),
     )
@@ -139,10 +139,6 @@ def over_rates(summary: Summary, styles: Styles) -> Figure | None:
 
 def _rate(lr: float | None) -> str:
     return WITHOUT_RATE if lr is None else text.rate(lr)
-
-
-def _unit(metric: Metric) -> str:
-    return " in %" if metric.percent else f" in {metric.unit}" if metric.unit else ""
 
 
 # -- options of a workload ---------------------------------------------------------------------------------
@@ -184,8 +180,8 @@ def _sweep(summaries: Sequence[Summary], names: list[str], labels: list[str], st
     metric = workload.metric
     loss = Metric("train_loss", "training loss", higher_is_better=False)
     shown: list[tuple[Metric, str, Reader]] = [
-        (metric, f"final {metric.name}{_unit(metric)}", lambda run: run.final(metric.key)),
-        (metric, f"best {metric.name} on the way{_unit(metric)}", best_on_the_way),
+        (metric, f"final {metric.name}{metric.in_unit}", lambda run: run.final(metric.key)),
+        (metric, f"best {metric.name} on the way{metric.in_unit}", best_on_the_way),
         (loss, "final training loss", lambda run: run.final(loss.key)),
     ]
     across = names[-1]

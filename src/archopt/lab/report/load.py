@@ -46,6 +46,11 @@ class Metric:
     def percent(self) -> bool:
         return self.unit == "%"
 
+    @property
+    def in_unit(self) -> str:
+        """ " in %", for titles; empty where there is no unit."""
+        return f" in {self.unit}" if self.unit else ""
+
     def better(self, a: float, b: float) -> bool:
         return a > b if self.higher_is_better else a < b
 

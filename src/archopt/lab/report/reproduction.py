@@ -203,7 +203,7 @@ def beside(workload: Reproduced) -> Table:
         name = workload.stated.name
         ours = Column(f"here, {name}", f"Our final {name}, at the rate that is best by {metric.name}.")
         columns = (*columns[:4], ours, *columns[4:])
-    title = f"final {metric.name}{' in %' if metric.percent else ''}, beside the paper's"
+    title = f"final {metric.name}{metric.in_unit}, beside the paper's"
     return Table(workload.workload.title, title, columns, with_best(rows))
 
 
@@ -270,7 +270,7 @@ def over_sweep(part: Part) -> Table:
         Column("published", "The paper's number."),
     )
     rows = [_sweep_row(workload, row, names) for workload in part.workloads for row in workload.summary.rows]
-    title = f"{metric.name}{' in %' if metric.percent else ''}, beside the paper's"
+    title = f"{metric.name}{metric.in_unit}, beside the paper's"
     return Table(part.name, title, columns, tuple(rows))
 
 

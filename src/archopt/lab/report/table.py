@@ -1,11 +1,12 @@
 """The tables of a comparison, built once and written for the terminal, the page, Markdown and JSON."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.box import SIMPLE
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -58,7 +59,6 @@ def tables(summary: Summary) -> list[Table]:
 def results(summary: Summary) -> Table:
     """Final metric at the default and at the best rate, and what not tuning costs."""
     metric = summary.workload.metric
-    unit = "%" if metric.percent else metric.unit
     columns = (
         Column(
             "optimiser",
@@ -85,7 +85,7 @@ def results(summary: Summary) -> Table:
         )
         for row in summary.rows
     ]
-    title = f"final {metric.name}{f' in {unit}' if unit else ''}"
+    title = f"final {metric.name}{metric.in_unit}"
     return Table(summary.workload.title, title, columns, with_best(rows))
 
 
@@ -191,8 +191,7 @@ def at_their_best(summaries: Sequence[Summary]) -> Table:
     rows = []
     for summary in summaries:
         metric = summary.workload.metric
-        unit = "%" if metric.percent else metric.unit
-        label = f"{summary.workload.title}: {metric.name}{f', {unit}' if unit else ''}"
+        label = f"{summary.workload.title}: {metric.name}{f', {metric.unit}' if metric.unit else ''}"
         # Rows come best first, so the first one of a rule is its best.
         best = {row.optimizer.name: row for row in reversed(summary.rows)}
         cells = [
@@ -357,6 +356,21 @@ def render(table: Table, *, wide: bool) -> RichTable:
     return made
 
 
+def _fitting(table: Table, console: Console) -> Iterator[RichTable]:
+    """The table for this terminal, in as many tables of some of its columns as keep words whole, labels apart."""
+    columns = table.columns
+    texts = [column.name for column in columns[1:]] + [e.text for row in table.rows for e in row[1:]]
+    longest = max(cell_len(word) for text in texts for word in text.split())
+    # Columns that are too wide together are cut to one width, which is at least this share of the terminal.
+    if (longest + 1) * len(columns) <= console.width or len(columns) <= 2:
+        yield render(table, wide=console.width >= WIDE)
+        return
+    middle = (len(columns) + 1) // 2
+    for part in (slice(1, middle), slice(middle, None)):
+        rows = tuple((row[0], *row[part]) for row in table.rows)
+        yield from _fitting(replace(table, columns=(columns[0], *columns[part]), rows=rows), console)
+
+
 def _lines(entry: Entry) -> str:
     """What became of the runs below the numbers: terminals are narrow."""
     return entry.text.replace("; ", "\n").replace(", ", "\n") if entry.bad else entry.text
@@ -364,15 +378,14 @@ def _lines(entry: Entry) -> str:
 
 def show(comparison: Comparison, summaries: Sequence[Summary], console: Console) -> None:
     """Prints all tables with their notes."""
-    wide = console.width >= WIDE
     for summary in summaries:
         for table in tables(summary):
-            console.print(render(table, wide=wide))
+            console.print(*_fitting(table, console))
         for note in notes(comparison, summary):
             console.print(Text(f"  {note}", style="dim"))
         console.print()
     for table in across(summaries):
-        console.print(render(table, wide=wide))
+        console.print(*_fitting(table, console))
 
 
 def markdown(comparison: Comparison, summaries: Sequence[Summary]) -> str:
