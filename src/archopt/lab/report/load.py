@@ -48,7 +48,7 @@ class Metric:
 
     @property
     def in_unit(self) -> str:
-        """ " in %", for titles; empty where there is no unit."""
+        """The unit as titles have it, such as ` in %`; empty where there is none."""
         return f" in {self.unit}" if self.unit else ""
 
     def better(self, a: float, b: float) -> bool:
